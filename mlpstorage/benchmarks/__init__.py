@@ -1,0 +1,1 @@
+"""The thin shell that scripts import: one class a benchmark."""

@@ -1,0 +1,1 @@
+"""Command-line parsing: argparse only, one module a command."""

@@ -1,0 +1,1 @@
+"""Facts of the hosts that a run uses."""

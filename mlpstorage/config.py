@@ -1,0 +1,80 @@
+"""Names and constants that the whole suite shares. Imports nothing heavy: `mlpstorage --help` pays for it."""
+
+import enum
+
+from mlpstorage.models import MODELS
+
+GIB = 1 << 30
+MIB = 1 << 20
+PAGE_BYTES = 4096
+"""Alignment of direct I/O, and the unit in which stored data is stamped and verified."""
+
+KVCACHE_MODELS: tuple[str, ...] = tuple(MODELS)
+"""Models that the KV-cache benchmark can play."""
+
+
+class BENCHMARK_TYPES(enum.StrEnum):  # noqa: N801 - the name is part of the published interface
+    """Benchmarks of the suite; the value names the first directory below the results directory."""
+
+    training = "training"
+    checkpointing = "checkpointing"
+    kv_cache = "kv_cache"
+
+
+class EXEC_TYPE(enum.StrEnum):  # noqa: N801 - the name is part of the published interface
+    """How ranks are started."""
+
+    MPI = "mpi"
+
+
+class EXIT_CODE(enum.IntEnum):  # noqa: N801 - the name is part of the published interface
+    """What the process tells its caller."""
+
+    SUCCESS = 0
+    FAILURE = 1
+    USAGE = 2
+    FILE_NOT_FOUND = 3
+    PERMISSION = 4
+    CONFIGURATION = 5
+    RUN = 6
+    TIMEOUT = 7
+    INTERRUPTED = 130
+
+
+class GenerationMode(enum.StrEnum):
+    """How much of the modelled compute and think time is really waited for."""
+
+    NONE = "none"
+    FAST = "fast"
+    REALISTIC = "realistic"
+
+
+class PerformanceProfile(enum.StrEnum):
+    """Which targets the verdict uses."""
+
+    LATENCY = "latency"
+    THROUGHPUT = "throughput"
+
+
+class RunStatus(enum.StrEnum):
+    """State of a run, as its metadata tells it."""
+
+    RUNNING = "running"
+    COMPLETE = "complete"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+
+class Tier(enum.StrEnum):
+    """Where a block of KV cache can be found, fastest first."""
+
+    GPU = "gpu"
+    CPU = "cpu"
+    STORAGE = "storage"
+
+
+class TouchOrder(enum.StrEnum):
+    """In which order the blocks of a request become recent."""
+
+    HEAD = "head"
+    TAIL = "tail"

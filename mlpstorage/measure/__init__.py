@@ -1,0 +1,1 @@
+"""Measuring: histograms, the measured window, and what the client itself costs."""

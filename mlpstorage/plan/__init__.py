@@ -1,0 +1,1 @@
+"""How a spec would run on given hosts: pure functions, nothing is created or contacted."""

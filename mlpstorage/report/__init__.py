@@ -1,0 +1,1 @@
+"""What the user is shown of a result: pure functions of results."""

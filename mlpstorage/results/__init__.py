@@ -1,0 +1,1 @@
+"""What a run leaves behind: result models, the merge of ranks, and the result directory."""

@@ -1,0 +1,1 @@
+"""What to run: flags, environment and config file resolved into one frozen, checked model."""
