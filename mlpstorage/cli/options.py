@@ -1,0 +1,111 @@
+"""Arguments generated from a spec's fields, so that a flag's name, default, range and meaning have one owner."""
+
+import argparse
+import enum
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from mlpstorage.spec.fields import ENVIRONMENT_PREFIX, Option, Spec
+
+GIVEN = "given"
+"""Attribute of the namespace: names of the arguments that stood on the command line, as opposed to parser defaults."""
+
+
+def add_options(parser: argparse.ArgumentParser, model: type[Spec], command: str) -> None:
+    """Add the flags of `model` that `command` takes, in their groups."""
+    _record_given(parser)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, option in model.options().items():
+        if command not in option.commands:
+            continue
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        groups[option.group].add_argument(*option.flags, **_argument(model, name, option))
+
+
+def _argument(model: type[Spec], name: str, option: Option) -> dict[str, Any]:
+    field = model.model_fields[name]
+    default = field.get_default(call_default_factory=True)
+    value_type = _value_type(field.annotation)
+    keywords: dict[str, Any] = {"dest": name, "help": _help(str(field.description), default, option)}
+    if value_type is bool:
+        return {**keywords, "action": "store_true"}
+    # A worked-out or environment-dependent default is None here; the spec has the last word.
+    keywords["default"] = None if option.default_text or isinstance(default, (Path, dict)) else default
+    if name == "model":
+        keywords["choices"] = _model_names()
+    elif isinstance(value_type, type) and issubclass(value_type, enum.Enum):
+        keywords["type"] = value_type
+        keywords["choices"] = list(value_type)
+    elif value_type in (int, float):
+        keywords["type"] = value_type
+    if option.metavar:
+        keywords["metavar"] = option.metavar
+    if option.nargs:
+        keywords["nargs"] = option.nargs
+        keywords["default"] = list(default) if isinstance(default, tuple) and default else None
+    if option.repeat:
+        keywords["action"] = "append"
+    return keywords
+
+
+def _model_names() -> tuple[str, ...]:
+    from mlpstorage.config import KVCACHE_MODELS
+
+    return KVCACHE_MODELS
+
+
+def _value_type(annotation: object) -> object:
+    """The type of a value, without `None`."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return next(part for part in typing.get_args(annotation) if part is not types.NoneType)
+    return annotation
+
+
+def _help(description: str, default: object, option: Option) -> str:
+    if default is False:
+        return _escaped(description)
+    if option.default_text:
+        shown = option.default_text
+    elif isinstance(default, Path):
+        shown = f"${ENVIRONMENT_PREFIX}RESULTS_DIR, else ./{default}"
+    elif isinstance(default, enum.Enum):
+        shown = str(default.value)
+    elif isinstance(default, tuple):
+        shown = " ".join(default)
+    elif isinstance(default, (dict, types.NoneType)):
+        shown = ""
+    else:
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+    return _escaped(f"{description} (default: {shown})" if shown else description)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%%")
+
+
+def _record_given(parser: argparse.ArgumentParser) -> None:
+    """Make `parser` note in the namespace which arguments stood on the command line.
+
+    argparse calls an action only for those; it sets defaults without one.
+    """
+    parser.set_defaults(**{GIVEN: ()})
+    for name, base in ((None, argparse._StoreAction), ("append", argparse._AppendAction), ("store_true", argparse._StoreTrueAction)):
+        parser.register("action", name, _recording(base))
+
+
+def _recording(base: type[argparse.Action]) -> type[argparse.Action]:
+    class Recording(base):  # type: ignore[misc, valid-type]
+        def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: Any,
+            option_string: str | None = None,
+        ) -> None:
+            setattr(namespace, GIVEN, (*getattr(namespace, GIVEN, ()), self.dest))
+            super().__call__(parser, namespace, values, option_string)
+
+    return Recording

@@ -1,0 +1,209 @@
+"""What a rank counts while it plays. Only what completes inside the measured window counts as measured."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+from mlpstorage.config import Tier
+from mlpstorage.measure.histogram import Histogram
+from mlpstorage.results.models import LATENCIES
+from mlpstorage.storage.ops import OpDone, OpKind
+from mlpstorage.storage.payload import VerifyError
+from mlpstorage.storage.pool import OperationSkippedError
+
+
+@dataclass(slots=True)
+class StorageTally:
+    """Running counts of storage operations; the fields are those of `results.models.StorageCounts`."""
+
+    read_bytes: int = 0
+    written_bytes: int = 0
+    padding_bytes: int = 0
+    deleted_bytes: int = 0
+    read_ops: int = 0
+    write_ops: int = 0
+    delete_ops: int = 0
+    direct_files: int = 0
+    buffered_files: int = 0
+    io_errors: int = 0
+    verify_errors: int = 0
+    verified_bytes: int = 0
+    writes_dropped: int = 0
+    dedup_skipped_bytes: int = 0
+
+    def add(self, done: OpDone, object_bytes: int, padding_bytes: int) -> None:
+        """Count one storage operation that was tried."""
+        if done.error is not None:
+            if isinstance(done.error, VerifyError):
+                self.verify_errors += 1
+            else:
+                self.io_errors += 1
+            return
+        match done.op.kind:
+            case OpKind.READ:
+                self.read_ops += 1
+                self.read_bytes += object_bytes
+                self.padding_bytes += padding_bytes
+                self.verified_bytes += done.verified_bytes
+            case OpKind.WRITE:
+                self.write_ops += 1
+                self.written_bytes += object_bytes
+                self.padding_bytes += padding_bytes
+            case _:
+                self.delete_ops += 1
+                self.deleted_bytes += object_bytes
+        if done.direct is True:
+            self.direct_files += 1
+        elif done.direct is False:
+            self.buffered_files += 1
+
+
+@dataclass(slots=True)
+class TierTally:
+    """A running count for each tier."""
+
+    gpu: int = 0
+    cpu: int = 0
+    storage: int = 0
+
+    def add(self, tier: Tier, count: int) -> None:
+        """Add `count` to the tier's."""
+        setattr(self, tier.value, getattr(self, tier.value) + count)
+
+
+@dataclass(slots=True)
+class RequestTally:
+    """Running counts of requests; the fields are those of `results.models.RequestCounts`."""
+
+    completed: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    prompt_blocks: int = 0
+    cached_tokens: TierTally = field(default_factory=TierTally)
+    hit_blocks: TierTally = field(default_factory=TierTally)
+    ttft_saved_ns: int = 0
+    ttft_saved_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """A request whose answer is complete, and what was found for it."""
+
+    done_ns: int
+    prompt_tokens: int
+    output_tokens: int
+    prompt_blocks: int
+    cached_tokens: dict[Tier, int]
+    hit_blocks: dict[Tier, int]
+    ttft_ns: int
+    ttft_saved_ns: int | None
+
+
+_LATENCY_OF = {OpKind.READ: "storage_read", OpKind.WRITE: "storage_write", OpKind.DELETE: "storage_delete"}
+
+
+class Recorder:
+    """Counts of the window and of the whole run.
+
+    Args:
+        object_bytes: Payload of one object.
+        stored_bytes: The same with padding.
+        window_ns: First and last-but-one nanosecond of the measured window, by the rank's clock.
+    """
+
+    def __init__(self, *, object_bytes: int, stored_bytes: int, window_ns: tuple[int, int]) -> None:
+        self._object_bytes = object_bytes
+        self._padding_bytes = stored_bytes - object_bytes
+        self._start_ns, self._end_ns = window_ns
+        self.window = StorageTally()
+        self.total = StorageTally()
+        self.requests = RequestTally()
+        self.total_requests = RequestTally()
+        self.latency = {name: Histogram() for name in LATENCIES}
+
+    def inside(self, at_ns: int) -> bool:
+        """Whether `at_ns` lies inside the measured window."""
+        return self._start_ns <= at_ns < self._end_ns
+
+    def close(self, at_ns: int) -> None:
+        """End the window now, where it has not ended: the run stopped early."""
+        self._end_ns = min(self._end_ns, at_ns)
+
+    @property
+    def measured_ns(self) -> int:
+        """True length of the window."""
+        return max(self._end_ns - self._start_ns, 0)
+
+    def operations(self, finished: Iterable[OpDone]) -> None:
+        """Count finished operations of the I/O threads. Those that were never tried do not count."""
+        for done in finished:
+            if isinstance(done.error, OperationSkippedError):
+                continue
+            inside = self.inside(done.end_ns)
+            latency = _LATENCY_OF.get(done.op.kind)
+            if latency is not None:
+                self.total.add(done, self._object_bytes, self._padding_bytes)
+                if inside:
+                    self.window.add(done, self._object_bytes, self._padding_bytes)
+            if inside:
+                self.latency["queue_wait"].record(done.start_ns - done.queued_ns)
+                if latency is not None and done.error is None:
+                    self.latency[latency].record(done.end_ns - done.start_ns)
+
+    def took(self, latency: str, start_ns: int, end_ns: int) -> None:
+        """Count a latency that ended at `end_ns`."""
+        if self.inside(end_ns):
+            self.latency[latency].record(end_ns - start_ns)
+
+    def written_behind(self, queued_ns: int, finished: Iterable[OpDone]) -> None:
+        """Count the time from a block's store step to its write being complete."""
+        for done in finished:
+            if done.error is None and self.inside(done.end_ns):
+                self.latency["write_behind"].record(done.end_ns - queued_ns)
+
+    def answered(self, request: Answered) -> None:
+        """Count a request that was answered."""
+        self._count(self.total_requests, request)
+        if self.inside(request.done_ns):
+            self._count(self.requests, request)
+
+    def first_token(self, at_ns: int, ttft_ns: int) -> None:
+        """Count a time to first token."""
+        if self.inside(at_ns):
+            self.latency["ttft"].record(ttft_ns)
+
+    def failed(self, at_ns: int) -> None:
+        """Count a request that failed."""
+        self.total_requests.failed += 1
+        if self.inside(at_ns):
+            self.requests.failed += 1
+
+    def dropped(self, at_ns: int, blocks: int) -> None:
+        """Count blocks that should have been stored and were not."""
+        self.total.writes_dropped += blocks
+        if self.inside(at_ns):
+            self.window.writes_dropped += blocks
+
+    def deduplicated(self, at_ns: int, blocks: int) -> None:
+        """Count new blocks that storage had already, or was about to have."""
+        self.total.dedup_skipped_bytes += blocks * self._object_bytes
+        if self.inside(at_ns):
+            self.window.dedup_skipped_bytes += blocks * self._object_bytes
+
+    @staticmethod
+    def _count(tally: RequestTally, request: Answered) -> None:
+        tally.completed += 1
+        tally.prompt_tokens += request.prompt_tokens
+        tally.output_tokens += request.output_tokens
+        tally.prompt_blocks += request.prompt_blocks
+        for tier in Tier:
+            tally.cached_tokens.add(tier, request.cached_tokens[tier])
+            tally.hit_blocks.add(tier, request.hit_blocks[tier])
+        if request.ttft_saved_ns is not None:
+            tally.ttft_saved_ns += request.ttft_saved_ns
+            tally.ttft_saved_requests += 1
+
+
+def counts(tally: StorageTally | RequestTally) -> dict[str, object]:
+    """The tally's fields, for a result model."""
+    return asdict(tally)

@@ -1,0 +1,322 @@
+"""What the terminal shows at the end of a run."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TextIO
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from mlpstorage.config import RunStatus
+from mlpstorage.results.merge import BOTTLENECK_CPU_SHARE, BOTTLENECK_LOOP_LAG_MS
+from mlpstorage.results.models import Latency, StorageCounts, Summary, TierRatios
+
+NOT_AVAILABLE = "n/a"
+
+_PIPE_WIDTH = 100_000
+"""Columns of an output that is no terminal: nothing is cut or wrapped for a screen that is not there."""
+
+_READING_WIDTH = 100
+"""Longer lines of prose are hard to read, and an output that is no terminal has no other limit."""
+
+_BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+_GOOD, _BAD, _WARN, _HEAD, _FAINT = "green", "bold red", "yellow", "bold", "dim"
+
+STATUS_STYLES: Mapping[str, str] = {
+    RunStatus.RUNNING: "cyan",
+    RunStatus.COMPLETE: _GOOD,
+    RunStatus.FAILED: _BAD,
+    RunStatus.INTERRUPTED: _WARN,
+}
+"""Style of a status; one that is not ours has none."""
+
+_LATENCY_NAMES = {
+    "ttft": "TTFT",
+    "request_load": "request load",
+    "lookup": "lookup",
+    "queue_wait": "queue wait",
+    "write_behind": "write-behind",
+}
+
+
+def console_for(stream: TextIO | None = None) -> Console:
+    """A console on `stream` (default: standard output) that neither cuts nor wraps where that is no terminal."""
+    target = sys.stdout if stream is None else stream
+    return Console(file=target, width=None if target.isatty() else _PIPE_WIDTH, highlight=False)
+
+
+def headline(summary: Summary) -> str:
+    """The run's two main numbers."""
+    read, ttft_ms = significant(summary.storage.read_gib_per_s), significant(summary.latency["ttft"].p95_ms)
+    return f"{read}{_unit(read, 'GiB/s')} read, TTFT p95 {ttft_ms}{_unit(ttft_ms, 'ms')}"
+
+
+def summary_table(summary: Summary, *, metadata: Mapping[str, object]) -> RenderableType:
+    """The end of a run: a verdict in words, the numbers, and what must not be overlooked.
+
+    Args:
+        summary: The numbers.
+        metadata: The run's metadata; `model`, `num_users`, `num_processes` and the trace in `parameters` are used.
+    """
+    body: list[RenderableType] = [
+        *_banner(summary),
+        _verdict(summary, metadata),
+        Text(),
+        _storage_table(summary),
+        Text(),
+        _latency_table(summary),
+        Text(),
+        _hit_table(summary),
+        Text(),
+    ]
+    if len(summary.hosts) > 1:
+        body += [_hosts_table(summary), Text()]
+    body.append(_facts(summary))
+    attention = list(_attention(summary, metadata))
+    if attention:
+        body += [Text(), *attention]
+    if _numbers_missing(summary):
+        note = f"{NOT_AVAILABLE}: not measured, or too few samples (a percentile needs ten above it)"
+        body += [Text(), Text(note, style=_FAINT)]
+    return _Narrow(Group(*body))
+
+
+class _Narrow:
+    """Content that is laid out for at most `_READING_WIDTH` columns."""
+
+    def __init__(self, content: RenderableType) -> None:
+        self._content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        """Yield the content as a console of that width would show it."""
+        yield from console.render(self._content, options.update(width=min(options.max_width, _READING_WIDTH)))
+
+
+def significant(value: float | None) -> str:
+    """`value` with three significant digits, as many as the histograms are good for."""
+    if value is None:
+        return NOT_AVAILABLE
+    if value == 0:
+        return "0"
+    decimals = next((digits for digits, floor in enumerate((100, 10, 1, 0.1, 0.01)) if abs(value) >= floor), 5)
+    return f"{value:,.{decimals}f}"
+
+
+def bytes_text(value_bytes: int | None) -> str:
+    """`value_bytes` in the largest binary unit that leaves at least 1."""
+    if value_bytes is None:
+        return NOT_AVAILABLE
+    power = min(max(value_bytes.bit_length() - 1, 0) // 10, len(_BINARY_UNITS) - 1)
+    return f"{significant(value_bytes / (1 << 10 * power))} {_BINARY_UNITS[power]}"
+
+
+def percent_text(part: float | None) -> str:
+    """A ratio as a percentage."""
+    return NOT_AVAILABLE if part is None else f"{part * 100:.1f} %"
+
+
+def seconds_text(value_s: float | None) -> str:
+    """A run time as one reads it: `12.3 s`, `4 m 05 s`, `2 h 07 m`."""
+    if value_s is None:
+        return NOT_AVAILABLE
+    minutes, seconds = divmod(round(value_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} m"
+    return f"{minutes} m {seconds:02} s" if minutes else f"{value_s:.1f} s"
+
+
+def plain(value: object) -> str:
+    """`value` as one line that no terminal takes for a command: control characters and broken text become blanks."""
+    return "".join(char if char.isprintable() else " " for char in str(value))
+
+
+def new_table(first: str, *others: str) -> Table:
+    """A table with a column of names, headed by the table's own, and columns of numbers."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style=_HEAD)
+    table.add_column(first, no_wrap=True, min_width=13)
+    for other in others:
+        table.add_column(other, justify="right", no_wrap=True, min_width=8)
+    return table
+
+
+def facts_grid() -> Table:
+    """A grid of labels and texts that may be long."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style=_HEAD, no_wrap=True)
+    grid.add_column(overflow="fold")
+    return grid
+
+
+def _unit(number: str, unit: str) -> str:
+    return "" if number == NOT_AVAILABLE else f" {unit}"
+
+
+def _cell(text: str) -> Text:
+    return Text(text, style=_FAINT if text in {NOT_AVAILABLE, "-"} else "")
+
+
+def _banner(summary: Summary) -> Iterator[RenderableType]:
+    if summary.status is not RunStatus.COMPLETE:
+        style = STATUS_STYLES.get(summary.status, _BAD)
+        yield Text(f"RUN {summary.status.upper()}: the numbers are PARTIAL, up to where it stopped", style=style)
+    if summary.error:
+        yield Text(plain(summary.error), style=_BAD, overflow="fold")
+    if summary.status is not RunStatus.COMPLETE or summary.error:
+        yield Text()
+
+
+def _verdict(summary: Summary, metadata: Mapping[str, object]) -> Text:
+    """The run in two sentences, for a reader who reads no further."""
+    tokens, slo, ttft_ms = summary.hit_ratio.tokens, summary.slo, summary.latency["ttft"].p95_ms
+    text = Text(f"{plain(metadata.get('model') or 'model not recorded')}, {_load_text(metadata)}: ")
+    if tokens.total is None:
+        text.append("no request was completed in the measured window. ")
+    else:
+        text.append(f"{percent_text(tokens.total)} of the prompt tokens were found in the cache, ")
+        text.append(f"{percent_text(tokens.storage)} on storage. ")
+    target = f"the target of {significant(slo.ttft_p95_ms_target)} ms"
+    if slo.met is None:
+        text.append(f"Too few requests were completed to tell whether TTFT p95 meets {target}.", style=_WARN)
+    else:
+        text.append(f"TTFT p95 is {significant(ttft_ms)} ms: ")
+        text.append(f"{'MEETS' if slo.met else 'MISSES'} {target}", style=_GOOD if slo.met else _BAD)
+        text.append("." if summary.status is RunStatus.COMPLETE else ", as far as the partial numbers tell.")
+    return text
+
+
+def _load_text(metadata: Mapping[str, object]) -> str:
+    parameters = metadata.get("parameters")
+    trace = parameters.get("trace") if isinstance(parameters, Mapping) else None
+    ranks = metadata.get("num_processes") or 1
+    prefix = f"{plain(ranks)} ranks x " if ranks != 1 else ""
+    if trace:
+        return f"{prefix}trace {plain(trace).rpartition('/')[2]}"
+    return f"{prefix}{plain(metadata.get('num_users', NOT_AVAILABLE))} users"
+
+
+def _storage_table(summary: Summary) -> Table:
+    storage = summary.storage
+    rows = (
+        ("read", significant(storage.read_gib_per_s), storage.read_ops, storage.read_bytes, "storage_read"),
+        ("write", significant(storage.write_gib_per_s), storage.write_ops, storage.written_bytes, "storage_write"),
+        ("delete", "-", storage.delete_ops, storage.deleted_bytes, "storage_delete"),
+    )
+    table = new_table("Storage", "GiB/s", "ops", "bytes", "p50 ms", "p95 ms", "p99 ms")
+    for name, rate, ops, moved_bytes, latency_name in rows:
+        latency = summary.latency[latency_name]
+        percentiles = (latency.p50_ms, latency.p95_ms, latency.p99_ms)
+        texts = (rate, f"{ops:,}", bytes_text(moved_bytes), *map(significant, percentiles))
+        table.add_row(name, *map(_cell, texts))
+    return table
+
+
+def _latency_table(summary: Summary) -> Table:
+    table = new_table("Latency", "count", "mean ms", "p50 ms", "p95 ms", "p99 ms", "max ms")
+    for key, name in _LATENCY_NAMES.items():
+        latency: Latency = summary.latency[key]
+        values = (latency.mean_ms, latency.p50_ms, latency.p95_ms, latency.p99_ms, latency.max_ms)
+        table.add_row(name, f"{latency.count:,}", *map(_cell, map(significant, values)))
+    return table
+
+
+def _hit_table(summary: Summary) -> Table:
+    table = new_table("Cache hits", "GPU", "CPU", "storage", "total")
+    for name, ratios in (("of tokens", summary.hit_ratio.tokens), ("of blocks", summary.hit_ratio.blocks)):
+        tiers: TierRatios = ratios
+        texts = map(percent_text, (tiers.gpu, tiers.cpu, tiers.storage, tiers.total))
+        table.add_row(name, *map(_cell, texts))
+    return table
+
+
+def _hosts_table(summary: Summary) -> Table:
+    table = new_table("Host", "ranks", "read GiB/s", "write GiB/s", "first done", "last done")
+    table.columns[0].overflow = "fold"
+    table.columns[0].no_wrap = False
+    for host in summary.hosts:
+        rates = map(significant, (host.read_gib_per_s, host.write_gib_per_s))
+        done = (f"{seconds:.1f} s" for seconds in (host.first_done_s, host.last_done_s))
+        table.add_row(Text(plain(host.host)), str(host.ranks), *map(_cell, rates), *done)
+    return table
+
+
+def _facts(summary: Summary) -> Table:
+    requests, window, client, breakeven = summary.requests, summary.window, summary.client, summary.breakeven
+    saved = significant(breakeven.ttft_saved_mean_ms)
+    grid = facts_grid()
+    grid.add_row(
+        "Requests",
+        f"{requests.completed:,} completed, {significant(requests.rate_per_s)} a second; tokens a second: "
+        f"{significant(requests.prompt_tokens_per_s)} prompt, {significant(requests.cached_tokens_per_s)} cached, "
+        f"{significant(requests.output_tokens_per_s)} output",
+    )
+    grid.add_row(
+        "Window",
+        f"{window.measured_s:.1f} s measured after {window.warmup_s:.1f} s of warm-up; {window.drain_s:.1f} s of drain",
+    )
+    grid.add_row(
+        "Break-even",
+        f"reading beats recompute above {significant(breakeven.read_gib_per_s_needed)} GiB/s "
+        f"(prefill {significant(breakeven.prefill_tokens_per_s)} tokens/s); "
+        f"TTFT saved, mean: {saved}{_unit(saved, 'ms')}",
+    )
+    cpu, lag = significant(client.cpu_ms_per_gib), significant(client.loop_lag_p99_ms)
+    grid.add_row(
+        "Client",
+        f"CPU {cpu}{_unit(cpu, 'ms')} per GiB moved, {client.cpu_s:.1f} s in all; "
+        f"peak RSS of a rank {bytes_text(client.max_rss_bytes)}; loop lag p99 {lag}{_unit(lag, 'ms')}",
+    )
+    return grid
+
+
+def _attention(summary: Summary, metadata: Mapping[str, object]) -> Iterator[Text]:
+    """What changes the meaning of the numbers above, the worst first."""
+    storage, total = summary.storage, summary.storage_total
+    in_flight = summary.window.requests_in_flight_at_end
+    measured_ranks, planned_ranks = sum(host.ranks for host in summary.hosts), metadata.get("num_processes")
+    if isinstance(planned_ranks, int) and measured_ranks < planned_ranks:
+        yield _note(_BAD, f"only {measured_ranks} of {planned_ranks} ranks left numbers")
+    for style, name, count, meaning in (
+        (_BAD, "verify errors", _worst(storage, total, "verify_errors"), "reads that returned WRONG DATA"),
+        (_BAD, "I/O errors", _worst(storage, total, "io_errors"), "storage operations that failed"),
+        (_BAD, "failed requests", summary.requests.failed, "inside the window"),
+        (_WARN, "dropped writes", _worst(storage, total, "writes_dropped"), "blocks that were not stored"),
+        (_WARN, "buffered files", _worst(storage, total, "buffered_files"), "the page cache is part of these numbers"),
+    ):
+        if count:
+            yield _note(style, f"{name}: {count:,} ({meaning})")
+    if summary.client.bottleneck:
+        yield _note(
+            _WARN,
+            f"client bottleneck: the client, not the storage, may be the limit (a host used more than "
+            f"{BOTTLENECK_CPU_SHARE:.0%} of its processor time, or loop lag p99 is over {BOTTLENECK_LOOP_LAG_MS:g} ms)",
+        )
+    if in_flight:
+        yield _note("", f"in flight at the end of the window: {in_flight:,} (requests that are not counted)")
+
+
+def _note(style: str, text: str) -> Text:
+    return Text(f"! {text}", style=style)
+
+
+def _worst(window: StorageCounts, total: StorageCounts, name: str) -> int:
+    """A count of what went wrong in any phase."""
+    return max(int(getattr(window, name)), int(getattr(total, name)))
+
+
+def _numbers_missing(summary: Summary) -> bool:
+    """Whether any number that the report shows is not there."""
+    groups = (
+        *(summary.latency[name] for name in (*_LATENCY_NAMES, "storage_read", "storage_write", "storage_delete")),
+        summary.hit_ratio.tokens,
+        summary.requests,
+        summary.storage,
+        summary.breakeven,
+    )
+    shown_missing = (value is None for group in groups for name, value in group if name not in {"p90_ms", "p999_ms"})
+    client = summary.client
+    return any(shown_missing) or client.cpu_ms_per_gib is None or client.loop_lag_p99_ms is None

@@ -1,0 +1,175 @@
+"""How a spec's fields meet the outside: each field's flag beside it, and values from four sources merged.
+
+Precedence: flag, environment, config file, default.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError, UsageError
+
+ENVIRONMENT_PREFIX = "MLPSTORAGE_"
+"""An option `--some-name` is also read from the environment variable `MLPSTORAGE_SOME_NAME`."""
+
+Source = Literal["flag", "env", "file", "default", "auto"]
+"""Where a parameter's value came from. `auto`: worked out from the machine or from other parameters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """What the command line needs to know of a field, beside its type, default and description.
+
+    Attributes:
+        flags: Flag names, the long one first.
+        group: Heading under which `--help` shows it.
+        metavar: Name of the value in `--help`.
+        commands: Commands that take it.
+        default_text: What `--help` says of a default that is worked out.
+        rank: Whether a rank's own command line carries it.
+        nargs: As of argparse, where the flag takes several values.
+        repeat: Whether the flag may be given several times, each adding to the value.
+    """
+
+    flags: tuple[str, ...]
+    group: str
+    metavar: str | None = None
+    commands: tuple[str, ...] = ("run",)
+    default_text: str | None = None
+    rank: bool = True
+    nargs: str | None = None
+    repeat: bool = False
+
+
+class Spec(BaseModel):
+    """Base of all specs: frozen, unknown keys forbidden, finite numbers only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """The fields that have a flag, in their order."""
+        found = {}
+        for name, field in cls.model_fields.items():
+            for item in field.metadata:
+                if isinstance(item, Option):
+                    found[name] = item
+        return found
+
+
+SpecT = TypeVar("SpecT", bound=Spec)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved(Generic[SpecT]):
+    """A spec and the source of each of its values."""
+
+    spec: SpecT
+    sources: Mapping[str, Source]
+
+
+def resolve(
+    model: type[SpecT], args: Namespace, *, environment: Mapping[str, str] | None = None, config_file: Path | None = None
+) -> Resolved[SpecT]:
+    """Merge flags, environment, config file and defaults into a checked spec.
+
+    Args:
+        model: The spec to build.
+        args: Parsed flags. Where it has `given` (our parser adds it), only the names in it count as given, so that a
+            parser's defaults never override a config file; a namespace made by a script counts wherever it is not None.
+        environment: The environment; None for the process's own.
+        config_file: A YAML file of the fields' names and values.
+
+    Raises:
+        UsageError: A flag's value is out of range.
+        ConfigurationError: A value of the environment or the config file is, or a key is unknown.
+        MissingFileError: The config file is not there.
+        AccessError: The config file cannot be read.
+    """
+    surroundings = os.environ if environment is None else environment
+    values: dict[str, Any] = {}
+    sources: dict[str, Source] = dict.fromkeys(model.model_fields, "default")
+    layers: tuple[tuple[Source, Mapping[str, Any]], ...] = (
+        ("file", _file_values(config_file, model)),
+        ("env", _environment_values(model, surroundings)),
+        ("flag", _flag_values(model, args)),
+    )
+    for source, layer in layers:
+        for name, value in layer.items():
+            values[name] = value
+            sources[name] = source
+    try:
+        return Resolved(model.model_validate(values), sources)
+    except ValidationError as error:
+        raise _explained(error, model, sources, config_file) from None
+
+
+def flag_of(model: type[Spec], name: str) -> str:
+    """The long flag of a field."""
+    return model.options()[name].flags[0]
+
+
+def _flag_values(model: type[Spec], args: Namespace) -> dict[str, Any]:
+    known = vars(args)
+    given: Iterable[str] = known["given"] if "given" in known else [key for key in known if known[key] is not None]
+    return {name: known[name] for name in given if name in model.model_fields}
+
+
+def _environment_values(model: type[Spec], environment: Mapping[str, str]) -> dict[str, str]:
+    names = {name: ENVIRONMENT_PREFIX + name.upper() for name in model.options()}
+    return {name: environment[variable] for name, variable in names.items() if environment.get(variable)}
+
+
+def _file_values(path: Path | None, model: type[Spec]) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingFileError(f"--config-file: {path} is not there") from None
+    except OSError as error:
+        raise AccessError(f"--config-file: {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise ConfigurationError(f"--config-file: {path} is not YAML: {detail}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigurationError(f"--config-file: {path} must hold `name: value` lines, one an option")
+    unknown = sorted(str(key) for key in document if key not in model.model_fields)
+    if unknown:
+        known = ", ".join(sorted(model.options()))
+        raise ConfigurationError(f"--config-file: {path}: unknown key {', '.join(unknown)}; known are {known}")
+    return document
+
+
+def _explained(
+    error: ValidationError, model: type[Spec], sources: Mapping[str, Source], config_file: Path | None
+) -> MLPStorageError:
+    """The first problem as one line that names where the value came from and what is allowed."""
+    problem = error.errors(include_url=False)[0]
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    message = _plain(problem)
+    if name not in model.options():
+        return UsageError(message)
+    flag = flag_of(model, name)
+    match sources.get(name):
+        case "env":
+            return ConfigurationError(f"environment variable {ENVIRONMENT_PREFIX}{name.upper()} ({flag}): {message}")
+        case "file":
+            return ConfigurationError(f"{config_file}: {name} ({flag}): {message}")
+        case _:
+            return UsageError(f"{flag}: {message}")
+
+
+def _plain(problem: ErrorDetails) -> str:
+    text = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    value = problem["input"]
+    return f"{text} (got {value!r})" if isinstance(value, (str, int, float)) else text

@@ -1,0 +1,63 @@
+"""The latency histogram against exact statistics of the samples."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlpstorage.measure.histogram import Histogram, bucket_bounds_ns, bucket_of
+
+deterministic = settings(derandomize=True, deadline=None, database=None, max_examples=300)
+
+# Powers of two spread the samples over all sizes of buckets; plain integers would nearly all be huge.
+VALUES_NS = st.integers(0, 44).flatmap(lambda bits: st.integers(0, 1 << bits))
+SAMPLES = st.lists(VALUES_NS, min_size=1, max_size=120)
+THOUSANDTHS = st.integers(0, 100_000)
+
+
+def histogram_of(samples: list[int]) -> Histogram:
+    """A histogram of the samples."""
+    histogram = Histogram()
+    for sample in samples:
+        histogram.record(sample)
+    return histogram
+
+
+@deterministic
+@given(value=VALUES_NS)
+def test_a_value_lies_within_the_bounds_of_its_bucket(value: int) -> None:
+    """A bucket holds its values, and is at most 1/128 of them wide."""
+    low, high = bucket_bounds_ns(bucket_of(value))
+    assert low <= value <= high
+    assert (high - low) * 128 <= low
+
+
+@deterministic
+@given(bucket=st.integers(0, 5_000))
+def test_buckets_partition_the_integers(bucket: int) -> None:
+    """Each bucket begins where the one before it ends, the first at 0; both bounds fall into it."""
+    low, high = bucket_bounds_ns(bucket)
+    assert low == (bucket_bounds_ns(bucket - 1)[1] + 1 if bucket else 0)
+    assert bucket_of(low) == bucket_of(high) == bucket
+
+
+@deterministic
+@given(samples=SAMPLES, thousandths=THOUSANDTHS)
+def test_percentiles_are_the_nearest_rank_to_a_bucket(samples: list[int], thousandths: int) -> None:
+    """A percentile lies in the bucket of the exact one; it is None exactly where fewer than ten samples lie above."""
+    rank = max(-(-len(samples) * thousandths // 100_000), 1)
+    found = histogram_of(samples).percentile_ns(thousandths / 1000)
+    if len(samples) - rank < 10:
+        assert found is None
+    else:
+        assert found is not None
+        assert bucket_of(found) == bucket_of(sorted(samples)[rank - 1])
+
+
+@deterministic
+@given(parts=st.lists(SAMPLES, min_size=1, max_size=5))
+def test_merging_equals_pooling(parts: list[list[int]]) -> None:
+    """The merged histogram of several ranks is that of all their samples, in every figure."""
+    merged = Histogram.merged(histogram_of(part) for part in parts)
+    pooled = [sample for part in parts for sample in part]
+    assert merged.counts == histogram_of(pooled).counts
+    assert (merged.count, merged.sum_ns) == (len(pooled), sum(pooled))
+    assert (merged.min_ns, merged.max_ns) == (min(pooled), max(pooled))

@@ -1,0 +1,315 @@
+"""Reading mooncake traces, regrouping their blocks, and playing them as an open loop."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError
+from mlpstorage.kvcache.traces import (
+    MOONCAKE_BLOCK_TOKENS,
+    TraceRecord,
+    effective_block_tokens,
+    full_block_ids,
+    read_mooncake,
+    regroup,
+)
+from mlpstorage.kvcache.workload import OpenLoop, trace_workload
+
+CONVERSATION = Path(__file__).resolve().parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
+
+GOOD_LINE = '{"timestamp": 7, "input_length": 513, "output_length": 9, "hash_ids": [4, 5]}'
+
+
+def line(timestamp: object = 0, tokens: object = 100, output: object = 1, ids: object = (1,)) -> str:
+    """One line of a trace, with any value replaced."""
+    row = {"timestamp": timestamp, "input_length": tokens, "output_length": output, "hash_ids": ids}
+    return json.dumps(row)
+
+
+def written(path: Path, *lines: str) -> Path:
+    """A trace file of the given lines."""
+    path.write_text("".join(f"{text}\n" for text in lines))
+    return path
+
+
+def five_requests(path: Path) -> Path:
+    """Five requests, the first at 60 s, then one a second; 2 full blocks and a partial one each, the first shared."""
+    return written(
+        path,
+        *(line(60_000 + 1_000 * number, 1_100, 10 + number, [0, 10 + number, 20 + number]) for number in range(5)),
+    )
+
+
+def play(
+    path: Path,
+    block_tokens: int = 256,
+    *,
+    time_scale: float = 1.0,
+    max_requests: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> OpenLoop:
+    """The workload of one rank; by default one rank that plays all of the trace as it is."""
+    return trace_workload(path, block_tokens, time_scale=time_scale, max_requests=max_requests, rank=rank, ranks=ranks)
+
+
+@contextmanager
+def without_root() -> Iterator[None]:
+    """Run as `nobody` where the tests run as root, whom no permission stops."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+class TestReadMooncake:
+    """`read_mooncake`."""
+
+    def test_records_hold_what_the_lines_say(self, tmp_path: Path) -> None:
+        """Milliseconds become seconds; the partial last block keeps its id; the line number is the file's."""
+        path = written(tmp_path / "t.jsonl", GOOD_LINE, line(1_500.5, 1_024, 0, [4, 2**64 - 1]))
+        assert list(read_mooncake(path)) == [
+            TraceRecord(line=1, timestamp_s=0.007, input_tokens=513, output_tokens=9, block_ids=(4, 5)),
+            TraceRecord(line=2, timestamp_s=1.5005, input_tokens=1_024, output_tokens=0, block_ids=(4, 2**64 - 1)),
+        ]
+
+    def test_blank_lines_and_further_keys_are_passed_over(self, tmp_path: Path) -> None:
+        """Blank lines count as lines but not as requests, and a missing newline at the end is no matter."""
+        path = tmp_path / "t.jsonl"
+        path.write_text(f'\n  \n{GOOD_LINE}\r\n\n{GOOD_LINE[:-1]}, "chat": "x"}}')
+        assert [record.line for record in read_mooncake(path)] == [3, 5]
+
+    def test_equal_times_are_in_order(self, tmp_path: Path) -> None:
+        """Requests of one moment are allowed: the published trace rounds its times."""
+        path = written(tmp_path / "t.jsonl", line(5), line(5), line(6))
+        assert [record.timestamp_s for record in read_mooncake(path)] == [0.005, 0.005, 0.006]
+
+    def test_no_line_behind_the_last_wanted_request_is_looked_at(self, tmp_path: Path) -> None:
+        """With a limit, the rest of the file may be anything; without it, the broken line is found."""
+        path = written(tmp_path / "t.jsonl", GOOD_LINE, GOOD_LINE, "broken")
+        assert len(list(read_mooncake(path, max_requests=2))) == 2
+        with pytest.raises(ConfigurationError, match="line 3"):
+            list(read_mooncake(path))
+
+    @pytest.mark.parametrize(
+        ("broken", "what"),
+        [
+            ("{", "not JSON"),
+            ("broken", "not JSON"),
+            (GOOD_LINE[:-20], "not JSON"),
+            (GOOD_LINE + GOOD_LINE, "not JSON"),
+            ("[" * 100_000, "not JSON"),
+            (GOOD_LINE.replace("513", "5" * 5_000), "not JSON"),
+            ("[1, 2]", "not a JSON object"),
+            ("null", "not a JSON object"),
+            ('{"timestamp": 0, "input_length": 1, "output_length": 1}', "the key 'hash_ids' is missing"),
+            ('{"t": 0, "in": 1, "out": 1, "hash_ids": [1]}', "the key 'timestamp' is missing"),
+            (line(timestamp="0"), "timestamp must be"),
+            (line(timestamp=True), "timestamp must be"),
+            (line(timestamp=None), "timestamp must be"),
+            (line(timestamp=-1), "timestamp must be"),
+            (line(timestamp=float("nan")), "timestamp must be"),
+            (line(timestamp=float("inf")), "timestamp must be"),
+            (line(timestamp=10**400), "timestamp must be"),
+            (line(tokens=0, ids=[]), "input_length must be"),
+            (line(tokens=-5), "input_length must be"),
+            (line(tokens=5.0), "input_length must be"),
+            (line(tokens=True), "input_length must be"),
+            (line(output=-1), "output_length must be"),
+            (line(output=False), "output_length must be"),
+            (line(output=2**63), "output_length must be"),
+            (line(ids=3), "hash_ids must be"),
+            (line(ids={"1": 1}), "hash_ids must be"),
+            (line(ids=[True]), "hash_ids must be"),
+            (line(ids=[1.0]), "hash_ids must be"),
+            (line(ids=["1"]), "hash_ids must be"),
+            (line(ids=[-1]), "hash_ids must be"),
+            (line(ids=[2**64]), "hash_ids must be"),
+            (line(tokens=513, ids=[1]), "input_length 513 makes 2 blocks of 512 tokens, but hash_ids has 1"),
+            (line(tokens=512, ids=[1, 2]), "input_length 512 makes 1 blocks of 512 tokens, but hash_ids has 2"),
+            (line(ids=[]), "input_length 100 makes 1 blocks of 512 tokens, but hash_ids has 0"),
+            (line(timestamp=6), "its timestamp lies before that of the request above"),
+        ],
+    )
+    def test_a_broken_line_is_refused_with_file_line_and_remedy(self, tmp_path: Path, broken: str, what: str) -> None:
+        """The first line that is not a request ends the reading with exit code 5; the lines before it are read."""
+        path = written(tmp_path / "t.jsonl", GOOD_LINE, "", broken, GOOD_LINE)
+        records = read_mooncake(path)
+        assert next(records).input_tokens == 513
+        with pytest.raises(
+            ConfigurationError, match=f"{re.escape(str(path))}, line 3: .*{re.escape(what)}.*; "
+        ) as caught:
+            next(records)
+        assert caught.value.exit_code == 5
+        assert len(str(caught.value).splitlines()) == 1
+
+    def test_bytes_that_are_no_text_are_refused(self, tmp_path: Path) -> None:
+        """A compressed or damaged file is told as such, not as a traceback."""
+        path = tmp_path / "t.jsonl.gz"
+        path.write_bytes(GOOD_LINE.encode() + b"\n\x1f\x8b\x08\xff\n")
+        with pytest.raises(ConfigurationError, match=r"line 2: not UTF-8 text; give an uncompressed file"):
+            list(read_mooncake(path))
+
+    @pytest.mark.parametrize("content", ["", "\n \n\n"])
+    def test_a_trace_without_a_request_is_refused(self, tmp_path: Path, content: str) -> None:
+        """An empty file would make an empty, and so a perfect, run."""
+        path = tmp_path / "t.jsonl"
+        path.write_text(content)
+        with pytest.raises(ConfigurationError, match="holds no request") as caught:
+            list(read_mooncake(path))
+        assert caught.value.exit_code == 5
+
+    @pytest.mark.parametrize("name", ["absent.jsonl", "t.jsonl/below-a-file.jsonl"])
+    def test_a_missing_trace_has_its_own_exit_code(self, tmp_path: Path, name: str) -> None:
+        """No such file: exit code 3, with the path."""
+        written(tmp_path / "t.jsonl", GOOD_LINE)
+        with pytest.raises(MissingFileError, match=re.escape(name)) as caught:
+            list(read_mooncake(tmp_path / name))
+        assert caught.value.exit_code == 3
+
+    def test_a_trace_that_may_not_be_read_has_its_own_exit_code(self, tmp_path: Path) -> None:
+        """No permission: exit code 4, with the path."""
+        path = written(tmp_path / "t.jsonl", GOOD_LINE)
+        path.chmod(0)
+        with without_root(), pytest.raises(AccessError, match=r"t\.jsonl") as caught:
+            list(read_mooncake(path))
+        assert caught.value.exit_code == 4
+
+    def test_a_directory_or_a_pipe_is_not_a_trace(self, tmp_path: Path) -> None:
+        """A pipe is refused too, and at once: opening it would wait for a writer, and it cannot be read twice."""
+        os.mkfifo(tmp_path / "pipe")
+        for path in (tmp_path, tmp_path / "pipe"):
+            with pytest.raises(ConfigurationError, match="not a regular file"):
+                list(read_mooncake(path))
+
+    @pytest.mark.skipif(not CONVERSATION.is_file(), reason=f"the conversation trace is not at {CONVERSATION}")
+    def test_the_conversation_trace_is_read_whole(self) -> None:
+        """12,031 requests with 288,500 blocks, 182,790 of them different, as published."""
+        records = list(read_mooncake(CONVERSATION))
+        assert len(records) == 12_031
+        assert sum(len(record.block_ids) for record in records) == 288_500
+        assert len({block_id for record in records for block_id in record.block_ids}) == 182_790
+
+
+class TestBlocks:
+    """Full blocks and their groups."""
+
+    def test_a_partial_last_block_is_dropped(self) -> None:
+        """Only full blocks are stored: 1,025 tokens are two blocks and one token."""
+        for tokens, ids, full in ((1_025, (1, 2, 3), (1, 2)), (1_024, (1, 2), (1, 2)), (511, (1,), ())):
+            record = TraceRecord(line=1, timestamp_s=0.0, input_tokens=tokens, output_tokens=1, block_ids=ids)
+            assert full_block_ids(record, MOONCAKE_BLOCK_TOKENS) == full
+
+    @pytest.mark.parametrize(
+        ("block_tokens", "effective", "groups"),
+        [
+            (256, 512, (1, 2, 3, 4, 5, 6, 7)),
+            (512, 512, (1, 2, 3, 4, 5, 6, 7)),
+            (1_024, 1_024, (2, 4, 6)),
+            (1_536, 1_536, (3, 6)),
+            (4_096, 4_096, ()),
+        ],
+    )
+    def test_smaller_blocks_are_grouped_and_larger_ones_kept(
+        self, block_tokens: int, effective: int, groups: tuple[int, ...]
+    ) -> None:
+        """A group takes the id of its last block, which stands for the whole prefix; an incomplete one is dropped."""
+        assert effective_block_tokens(512, block_tokens) == effective
+        assert regroup((1, 2, 3, 4, 5, 6, 7), 512, block_tokens) == groups
+
+    def test_block_tokens_that_do_not_fit_name_their_flag(self) -> None:
+        """768 tokens are one and a half blocks of the trace: refused, with the flag to change."""
+        for call in (lambda: effective_block_tokens(512, 768), lambda: regroup((1, 2), 512, 768)):
+            with pytest.raises(ConfigurationError, match=r"--block-tokens 768 .* 512 tokens; give a multiple"):
+                call()
+
+
+class TestTraceWorkload:
+    """`trace_workload`."""
+
+    def test_requests_are_those_of_the_trace(self, tmp_path: Path) -> None:
+        """Times count from the first request, prompts keep their length, the partial block is gone, none waits."""
+        workload = play(five_requests(tmp_path / "t.jsonl"))
+        requests = list(workload.requests())
+        assert workload.block_tokens == 512
+        assert [request.arrival_s for request in requests] == [0.0, 1.0, 2.0, 3.0, 4.0]
+        assert [request.output_tokens for request in requests] == [10, 11, 12, 13, 14]
+        assert [request.block_ids for request in requests] == [(0, 10), (0, 11), (0, 12), (0, 13), (0, 14)]
+        assert {(request.prompt_tokens, request.think_s, request.turn) for request in requests} == {(1_100, 0.0, 0)}
+
+    def test_the_stream_can_be_opened_again(self, tmp_path: Path) -> None:
+        """Each call begins at the first request, so that counting and playing see the same."""
+        workload = play(five_requests(tmp_path / "t.jsonl"))
+        assert len(list(workload.requests())) == 5
+        assert list(workload.requests()) == list(workload.requests())
+
+    def test_time_scale_stretches_the_arrivals(self, tmp_path: Path) -> None:
+        """A scale of 0.5 plays the trace twice as fast."""
+        workload = play(five_requests(tmp_path / "t.jsonl"), time_scale=0.5)
+        assert [request.arrival_s for request in workload.requests()] == [0.0, 0.5, 1.0, 1.5, 2.0]
+
+    def test_blocks_are_grouped_to_the_wanted_size(self, tmp_path: Path) -> None:
+        """With 1,024 tokens a block, each prompt of 1,100 tokens has one full block, named by its second half."""
+        workload = play(five_requests(tmp_path / "t.jsonl"), 1_024)
+        assert workload.block_tokens == 1_024
+        assert [request.block_ids for request in workload.requests()] == [(10,), (11,), (12,), (13,), (14,)]
+
+    def test_ranks_share_the_requests_in_turn(self, tmp_path: Path) -> None:
+        """Every rank plays its own requests at the trace's times; together they play each request once."""
+        path = five_requests(tmp_path / "t.jsonl")
+        parts = [[request.arrival_s for request in play(path, rank=rank, ranks=2).requests()] for rank in range(2)]
+        assert parts == [[0.0, 2.0, 4.0], [1.0, 3.0]]
+
+    def test_a_limit_counts_the_requests_of_all_ranks(self, tmp_path: Path) -> None:
+        """Three requests over two ranks: two for the first, one for the second."""
+        path = five_requests(tmp_path / "t.jsonl")
+        counts = [len(list(play(path, max_requests=3, rank=rank, ranks=2).requests())) for rank in range(2)]
+        assert counts == [2, 1]
+
+    def test_a_rank_without_a_request_is_refused(self, tmp_path: Path) -> None:
+        """Six ranks cannot share five requests; the message names the flags."""
+        path = five_requests(tmp_path / "t.jsonl")
+        with pytest.raises(ConfigurationError, match=r"rank 5 of 6; lower --num-processes, or raise --max-requests"):
+            play(path, rank=5, ranks=6)
+
+    def test_a_broken_line_shows_before_anything_is_played(self, tmp_path: Path) -> None:
+        """The workload is not made from a trace that would fail later on; nor from one that is not there."""
+        path = written(tmp_path / "t.jsonl", GOOD_LINE, "broken")
+        with pytest.raises(ConfigurationError, match="line 2"):
+            play(path)
+        assert play(path, max_requests=1).digest
+        with pytest.raises(MLPStorageError, match="there is no such trace"):
+            play(tmp_path / "absent")
+
+    def test_equal_workloads_have_equal_digests(self, tmp_path: Path) -> None:
+        """The digest hangs on what is played, not on the file's name or its blank lines."""
+        one = five_requests(tmp_path / "one.jsonl")
+        two = tmp_path / "two.jsonl"
+        two.write_text("\n" + one.read_text().replace(", ", ","))
+        assert play(one).digest == play(two).digest
+        assert re.fullmatch("[0-9a-f]{64}", play(one).digest)
+        assert play(one, 256).digest == play(one, 512).digest  # the trace keeps its own blocks in both
+
+    def test_different_workloads_have_different_digests(self, tmp_path: Path) -> None:
+        """Whatever changes what is played changes the digest: a part, a pace, a block size, or a single id."""
+        path = five_requests(tmp_path / "t.jsonl")
+        other = tmp_path / "other.jsonl"
+        other.write_text(path.read_text().replace("[0, 14,", "[0, 15,"))
+        digests = {
+            play(path).digest,
+            play(path, 1_024).digest,
+            play(path, time_scale=0.5).digest,
+            play(path, max_requests=4).digest,
+            play(path, rank=0, ranks=2).digest,
+            play(path, rank=1, ranks=2).digest,
+            play(other).digest,
+        }
+        assert len(digests) == 7
