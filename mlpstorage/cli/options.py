@@ -7,6 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from mlpstorage.config import KVCACHE_MODELS
 from mlpstorage.spec.fields import ENVIRONMENT_PREFIX, Option, Spec
 
 GIVEN = "given"
@@ -35,7 +36,9 @@ def _argument(model: type[Spec], name: str, option: Option) -> dict[str, Any]:
     # A worked-out or environment-dependent default is None here; the spec has the last word.
     keywords["default"] = None if option.default_text or isinstance(default, (Path, dict)) else default
     if name == "model":
-        keywords["choices"] = _model_names()
+        keywords["choices"] = KVCACHE_MODELS
+        keywords["metavar"] = "NAME"
+        keywords["help"] = f"{keywords['help']}; one of {', '.join(KVCACHE_MODELS)}"
     elif isinstance(value_type, type) and issubclass(value_type, enum.Enum):
         keywords["type"] = value_type
         keywords["choices"] = list(value_type)
@@ -49,12 +52,6 @@ def _argument(model: type[Spec], name: str, option: Option) -> dict[str, Any]:
     if option.repeat:
         keywords["action"] = "append"
     return keywords
-
-
-def _model_names() -> tuple[str, ...]:
-    from mlpstorage.config import KVCACHE_MODELS
-
-    return KVCACHE_MODELS
 
 
 def _value_type(annotation: object) -> object:

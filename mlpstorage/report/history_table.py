@@ -14,10 +14,10 @@ from mlpstorage.history import RunEntry
 from mlpstorage.report.terminal import STATUS_STYLES, facts_grid, plain, seconds_text, summary_table
 from mlpstorage.results.models import Summary
 
-_RESULT_DIR_MIN_COLUMNS = 40
+_RESULT_DIR_MIN_COLUMNS = 32
 """A result directory that is folded into fewer columns is hard to read and to copy."""
 
-_HOSTS_SHOWN = 3
+_HOSTS_SHOWN = 2
 _CLUSTER_LINES = 60
 _MEASURE_COLUMNS = 100_000
 _ABSENT = "-"

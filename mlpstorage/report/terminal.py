@@ -183,20 +183,21 @@ def _verdict(summary: Summary, metadata: Mapping[str, object]) -> Text:
     if slo.met is None:
         text.append(f"Too few requests were completed to tell whether TTFT p95 meets {target}.", style=_WARN)
     else:
-        text.append(f"TTFT p95 is {significant(ttft_ms)} ms: ")
+        text.append(f"Time to first token (TTFT) p95 is {significant(ttft_ms)} ms: ")
         text.append(f"{'MEETS' if slo.met else 'MISSES'} {target}", style=_GOOD if slo.met else _BAD)
         text.append("." if summary.status is RunStatus.COMPLETE else ", as far as the partial numbers tell.")
     return text
 
 
 def _load_text(metadata: Mapping[str, object]) -> str:
-    parameters = metadata.get("parameters")
-    trace = parameters.get("trace") if isinstance(parameters, Mapping) else None
+    recorded = metadata.get("parameters")
+    parameters: Mapping[str, object] = recorded if isinstance(recorded, Mapping) else {}
     ranks = metadata.get("num_processes") or 1
     prefix = f"{plain(ranks)} ranks x " if ranks != 1 else ""
-    if trace:
+    if trace := parameters.get("trace"):
         return f"{prefix}trace {plain(trace).rpartition('/')[2]}"
-    return f"{prefix}{plain(metadata.get('num_users', NOT_AVAILABLE))} users"
+    users = metadata.get("num_users", parameters.get("num_users", NOT_AVAILABLE))
+    return f"{prefix}{plain(users)} users"
 
 
 def _storage_table(summary: Summary) -> Table:

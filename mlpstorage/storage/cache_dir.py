@@ -102,11 +102,7 @@ class CacheDirectory:
                 cleared, inherited = _clear_dead_run(directory)
                 created = [*inherited, *created]
                 objects = directory / run_id
-                if os.path.lexists(objects):
-                    raise ConfigurationError(
-                        f"{objects} is there already and is not this run's; remove it by hand, or choose another "
-                        "directory with --cache-dir"
-                    )
+                _refuse_foreign(objects)
                 # The marker first: what is made after it can be found again, should the process die here.
                 _write_marker(directory, run_id, created)
                 try:
@@ -220,6 +216,14 @@ def _lock_for_claim(directory: Path) -> tuple[int, list[str]]:
         if lock is None:
             raise _in_use(directory)
         return lock, created
+
+
+def _refuse_foreign(objects: Path) -> None:
+    if os.path.lexists(objects):
+        raise ConfigurationError(
+            f"{objects} is there already and is not this run's; remove it by hand, or choose another directory with "
+            "--cache-dir"
+        )
 
 
 def _in_use(directory: Path) -> ConfigurationError:

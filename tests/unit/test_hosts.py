@@ -133,13 +133,19 @@ def test_slots_and_ipv6(value: str, expected: list[tuple[str, int | None]]) -> N
 def test_refusals_name_the_flag_the_cause_and_the_forms(value: str, problem: str) -> None:
     """What no host can be called is a usage error, in one line."""
     with pytest.raises(UsageError) as caught:
-        parse_hosts(["ok", value])
+        parse_hosts([value])
     message = str(caught.value)
     assert message.startswith("--hosts ")
     assert problem in message
     assert "accepted: " in message
     assert "h[1-4]" in message
     assert "\n" not in message
+
+
+def test_an_empty_word_among_others_is_refused() -> None:
+    """An unset shell variable does not silently make the list shorter."""
+    with pytest.raises(UsageError, match="empty name"):
+        parse_hosts(["a", "", "b"])
 
 
 def test_no_value_is_refused() -> None:

@@ -1,0 +1,437 @@
+"""The KV-cache benchmark as scripts and the command line use it."""
+
+import logging
+import os
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from mlpstorage.benchmarks.base import Benchmark, print_json, words_of
+from mlpstorage.cluster.facts import available_memory_bytes, cluster_information, file_system_space, host_facts
+from mlpstorage.cluster.locality import is_local
+from mlpstorage.config import BENCHMARK_TYPES, EXIT_CODE, RunStatus
+from mlpstorage.errors import (
+    AccessError,
+    ConfigurationError,
+    InterruptedRunError,
+    MissingFileError,
+    MLPStorageError,
+    RunError,
+    RunTimeoutError,
+    UsageError,
+)
+from mlpstorage.kvcache.events import Event, Finished, Progress, Refused, Warned, parse_event
+from mlpstorage.kvcache.rank import build_workload
+from mlpstorage.launch.command import rank_command, shown
+from mlpstorage.launch.mpi import find_mpi, mpi_environment
+from mlpstorage.launch.process import JobOutcome, run_job
+from mlpstorage.plan.datasize import data_sizes
+from mlpstorage.plan.kvcache import (
+    check_room,
+    layout,
+    rank_directory,
+    sizes,
+    warmup_s,
+    with_automatic_sizes,
+)
+from mlpstorage.report.progress import ProgressView, progress_view
+from mlpstorage.results.directory import CACHE_DIR, LOGS_DIR, RANKS_DIR, write_json_atomic, write_jsonl_atomic
+from mlpstorage.results.merge import merge_ranks
+from mlpstorage.results.models import RankResult, Sample, Summary
+from mlpstorage.spec.fields import Resolved, Source, resolve
+from mlpstorage.spec.kvcache import KVCacheSpec
+from mlpstorage.storage.cache_dir import clear_leftovers
+
+UNBUILT = ("enable_rag", "enable_autoscaling", "closed")
+"""Switches that a script's namespace may hold and that have nothing behind them yet: refused where they are set."""
+
+_ERROR_OF_CODE: dict[int, type[MLPStorageError]] = {
+    int(kind.exit_code): kind
+    for kind in (
+        MLPStorageError,
+        UsageError,
+        MissingFileError,
+        AccessError,
+        ConfigurationError,
+        RunError,
+        RunTimeoutError,
+        InterruptedRunError,
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shell:
+    """How the invocation wants to be told."""
+
+    json: bool
+    quiet: bool
+    verbose: bool
+
+
+class KVCacheBenchmark(Benchmark):
+    """Plays the KV-cache load of an LLM inference fleet on real storage. See `Benchmark` for the arguments."""
+
+    benchmark_type = BENCHMARK_TYPES.kv_cache
+
+    def _settle(self, args: Namespace) -> None:
+        given = vars(args)
+        for name in UNBUILT:
+            if given.get(name):
+                raise UsageError(f"--{name.replace('_', '-')}: this version does not have it")
+        config_file = given.get("config_file")
+        resolved = resolve(KVCacheSpec, args, config_file=None if config_file is None else Path(config_file))
+        self._sources: dict[str, Source] = dict(resolved.sources)
+        self._spec = _absolute(resolved)
+        self._shell = Shell(
+            json=bool(given.get("json")), quiet=bool(given.get("quiet")), verbose=bool(given.get("verbose"))
+        )
+        self._words = words_of(args)
+        self._layout = layout(self._spec, is_local)
+        self._summary: Summary | None = None
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return self._spec.model
+
+    @property
+    def results_dir(self) -> Path:
+        """Where results are kept."""
+        return self._spec.results_dir
+
+    @property
+    def num_processes(self) -> int | None:
+        """Ranks, where they were given."""
+        return self._spec.num_processes
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where the cache files go."""
+        if self._spec.cache_dir is not None:
+            return self._spec.cache_dir
+        if self._result_dir is None:
+            return self.results_dir.absolute()
+        return self._result_dir.absolute() / CACHE_DIR
+
+    @property
+    def summary(self) -> Summary | None:
+        """The numbers, once there are some."""
+        return self._summary
+
+    def _build_kvcache_command(self, run_id: str | None = None) -> str:
+        """The command that runs the ranks, as one would type it."""
+        return shown(self._command(run_id))
+
+    def _command(self, run_id: str | None) -> list[str]:
+        spec = self._spec.model_copy(update={"cache_dir": self.cache_dir, "warmup": warmup_s(self._spec)})
+        return rank_command(spec, self._layout, run_id=run_id)
+
+    def _arguments(self) -> list[str]:
+        if self._words is not None:
+            return list(self._words)
+        flags = self._spec.options()
+        words = ["kvcache", self.command]
+        for name, option in flags.items():
+            if self._sources[name] != "flag" or self.command not in option.commands:
+                continue
+            value = getattr(self._spec, name)
+            if value is True:
+                words.append(option.flags[0])
+            elif name == "mpi_params":
+                for group in value:
+                    words += [f"{option.flags[0]}={item}" for item in group]
+            elif isinstance(value, dict):
+                words += [option.flags[0], *(f"{key}={text}" for key, text in value.items())]
+            elif isinstance(value, tuple):
+                words += [option.flags[0], *map(str, value)]
+            elif value is not False:
+                words += [option.flags[0], str(value)]
+        return words
+
+    def _own_metadata(self) -> dict[str, object]:
+        spec = self._spec
+        document: dict[str, object] = {
+            "kvcache_model": spec.model,
+            "num_users": spec.num_users,
+            "duration": spec.duration,
+            "gpu_mem_gb": spec.gpu_mem_gb,
+            "cpu_mem_gb": spec.cpu_mem_gb,
+            "storage_gb": spec.storage_gb,
+            "cache_dir": str(self.cache_dir),
+            "generation_mode": spec.generation_mode.value,
+            "performance_profile": spec.performance_profile.value,
+            "num_processes": spec.num_processes,
+            "parameters": spec.parameters() | {"cache_dir": str(self.cache_dir)},
+            "parameter_sources": dict(self._sources),
+            "labels": dict(spec.label),
+            "kvcache_metrics": None if self._summary is None else _metrics(self._summary),
+        }
+        if self._summary is not None:
+            from mlpstorage.report.terminal import headline  # noqa: PLC0415 - imports rich
+
+            document["headline"] = headline(self._summary)
+        if self._layout.uses_mpi or self._sources["hosts"] != "default":
+            document["hosts"] = [host.name for host in spec.parsed_hosts]
+        if self._layout.uses_mpi or self._sources["exec_type"] != "default":
+            document["exec_type"] = spec.exec_type.value
+        return document
+
+    def _collect_cluster_information(self) -> dict[str, object] | None:
+        """Facts of this machine where all ranks run here; those of other hosts come from their ranks."""
+        if self._cluster_collector is not None:
+            return self._cluster_collector()
+        return cluster_information([host_facts(self.cache_dir)]) if self._layout.ranks_here else None
+
+    def _check(self) -> None:
+        if self._layout.uses_mpi:
+            find_mpi(self._spec.mpi_bin)
+        if self._spec.kvcache_bin_path is not None and not os.access(self._spec.kvcache_bin_path, os.X_OK):
+            raise MissingFileError(f"--kvcache-bin-path: {self._spec.kvcache_bin_path} is no program that can be run")
+        block_tokens = self._spec.block_tokens
+        if self._spec.trace is not None:
+            block_tokens = build_workload(self._spec, 0, self._layout.ranks).block_tokens
+        if not self._layout.ranks_here:
+            return
+        _check_cache_dir(self.cache_dir)
+        space, memory_bytes = file_system_space(self.cache_dir), available_memory_bytes()
+        resolved = with_automatic_sizes(
+            self._spec,
+            memory_free_bytes=memory_bytes,
+            storage_total_bytes=space.total_bytes,
+            storage_free_bytes=space.free_bytes,
+            ranks_on_host=self._layout.ranks_here,
+        )
+        check_room(
+            resolved,
+            sizes(resolved, block_tokens),
+            memory_free_bytes=memory_bytes,
+            storage_free_bytes=space.free_bytes,
+            ranks_on_host=self._layout.ranks_here,
+            where=str(self.cache_dir),
+        )
+        self._sources.update(dict.fromkeys(_changed(self._spec, resolved), "auto"))
+        self._spec = resolved
+
+    def _perform(self) -> None:
+        job = _Job(
+            progress_view(
+                planned_s=warmup_s(self._spec) + self._spec.duration, quiet=self._shell.quiet or self._shell.json
+            ),
+            self.result_dir,
+            self.logger,
+        )
+        try:
+            outcome = run_job(
+                self._command(self.run_id),
+                environment=mpi_environment(),
+                stderr_path=self.result_dir / LOGS_DIR / "ranks.stderr.log",
+                on_line=job.line,
+            )
+        finally:
+            job.close()
+        self._clear_leftovers()
+        if job.ranks:
+            self._write_results(job.ranks)
+        _judge(outcome, job, self._summary)
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a rank that was killed had no time to remove; only where it ran on this machine."""
+        for rank in range(self._layout.ranks_here):
+            place = rank_directory(self.cache_dir, rank)
+            try:
+                cleared = clear_leftovers(place, self.run_id)
+            except MLPStorageError as error:
+                self.logger.warning("cache files of this run are left in %s: %s", place, error)
+                continue
+            if cleared is None:
+                self.logger.warning("cache files of this run are left in %s, a process still holds it", place)
+            elif cleared.files:
+                self.logger.warning("removed %d cache files that rank %d had left in %s", cleared.files, rank, place)
+        if self._spec.cache_dir is None and self._layout.ranks_here and self.cache_dir.is_dir():
+            try:
+                self.cache_dir.rmdir()
+            except OSError:
+                self.logger.warning("%s is not empty and stays", self.cache_dir)
+
+    def _write_results(self, ranks: tuple[RankResult, ...]) -> None:
+        self._summary = merge_ranks(
+            ranks,
+            prefill_tokens_per_s=self._spec.prefill_tokens_per_s,
+            bytes_per_token=self._spec.shape.bytes_per_token,
+            ttft_p95_ms_target=self._spec.ttft_p95_ms_target,
+        )
+        if self._cluster_collector is None and not self._layout.ranks_here:
+            facts = {str(rank.host_facts.get("host")): rank.host_facts for rank in ranks}
+            self.cluster_information = cluster_information(list(facts.values()))
+        write_json_atomic(self.result_dir / "summary.json", self._summary)
+        samples = sorted((sample for rank in ranks for sample in rank.samples), key=lambda one: (one.t_s, one.rank))
+        write_jsonl_atomic(self.result_dir / "timeseries.jsonl", samples)
+        for rank in ranks:
+            document = rank.model_dump(mode="json", exclude={"samples"})
+            write_json_atomic(self.result_dir / RANKS_DIR / f"rank_{rank.rank}.json", document)
+
+    def _verdict(self) -> EXIT_CODE:
+        assert self._summary is not None, "a complete run has numbers"
+        return EXIT_CODE.FAILURE if self._spec.fail_on_slo and not self._summary.slo.met else EXIT_CODE.SUCCESS
+
+    def _show_result(self) -> None:
+        if self._shell.json:
+            print_json({"metadata": self.metadata, "summary": _plain(self._summary)})
+        elif self._summary is not None and not self._shell.quiet:
+            from mlpstorage.report.terminal import console_for, summary_table  # noqa: PLC0415 - imports rich
+
+            console = console_for()
+            console.print(summary_table(self._summary, metadata=self.metadata))
+            console.print(f"\nResults: {self.result_dir}\nNext:    mlpstorage history show {self.run_id}", soft_wrap=True)
+
+    def _show_plan(self) -> int:
+        command = self._command(None)
+        planned = sizes(self._spec, self._spec.block_tokens)
+        if self._shell.json:
+            print_json({"metadata": self.metadata, "command": command, "ranks": self._layout.ranks})
+            return EXIT_CODE.SUCCESS
+        from mlpstorage.report.plan import plan_text  # noqa: PLC0415 - not needed by a run
+
+        sys.stdout.write(
+            plan_text(
+                self._spec,
+                self._sources,
+                planned,
+                self._layout,
+                result_dir=self.result_dir,
+                cache_dir=self.cache_dir,
+                command=shown(command),
+            )
+        )
+        return EXIT_CODE.SUCCESS
+
+    def _estimate(self) -> int:
+        if self.command != "datasize":
+            raise UsageError(f"command {self.command!r}: the benchmark has run and datasize")
+        estimate = data_sizes(self._spec)
+        if self._shell.json:
+            print_json(estimate.as_dict())
+        else:
+            from mlpstorage.report.plan import data_sizes_text  # noqa: PLC0415 - not needed by a run
+
+            sys.stdout.write(data_sizes_text(estimate))
+        return EXIT_CODE.SUCCESS
+
+
+class _Job:
+    """Listens to the ranks while they run."""
+
+    def __init__(self, view: ProgressView, result_dir: Path, logger: logging.Logger) -> None:
+        self._view = view
+        self._logger = logger
+        self._series = (result_dir / "timeseries.jsonl").open("a", encoding="utf-8")
+        self._other = (result_dir / LOGS_DIR / "ranks.stdout.log").open("ab")
+        self.ranks: tuple[RankResult, ...] = ()
+        self.refusal: Refused | None = None
+        self.last_sample: Sample | None = None
+
+    def line(self, line: bytes) -> None:
+        """Take one line of the ranks' standard output."""
+        try:
+            event = parse_event(line)
+        except ValidationError:
+            self._other.write(line)
+            return
+        self._take(event)
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case Progress(sample=sample):
+                self.last_sample = sample
+                self._series.write(sample.model_dump_json() + "\n")
+                self._series.flush()
+                self._view.show(sample)
+            case Warned(message=message):
+                self._logger.warning("%s", message)
+            case Refused():
+                self.refusal = event
+            case Finished(ranks=ranks):
+                self.ranks = ranks
+
+    def close(self) -> None:
+        """End the view and the files."""
+        self._view.close()
+        self._series.close()
+        self._other.close()
+
+
+def _judge(outcome: JobOutcome, job: _Job, summary: Summary | None) -> None:
+    """Raise where the run is not complete."""
+    if outcome.interrupted:
+        kept = "partial results are kept" if summary is not None else "there are no results yet"
+        raise InterruptedRunError(f"interrupted; {kept}")
+    if job.refusal is not None:
+        raise _error_of(job.refusal.exit_code, job.refusal.message)
+    if summary is not None and summary.status is not RunStatus.COMPLETE:
+        code = next(rank.error.exit_code for rank in job.ranks if rank.error is not None)
+        raise _error_of(code, summary.error or "a rank failed")
+    if summary is None:
+        how = (
+            f"was killed by signal {-outcome.returncode}"
+            if outcome.returncode < 0
+            else f"ended with {outcome.returncode} and without a result"
+        )
+        told = f"; it said: {outcome.stderr_tail.splitlines()[-1]}" if outcome.stderr_tail else ""
+        raise RunError(f"the rank or its launcher {how}{told}; see {LOGS_DIR}/ranks.stderr.log in the result directory")
+
+
+def _error_of(exit_code: int, message: str) -> MLPStorageError:
+    return _ERROR_OF_CODE.get(exit_code, MLPStorageError)(message)
+
+
+def _absolute(resolved: Resolved[KVCacheSpec]) -> KVCacheSpec:
+    """The spec with its paths absolute: ranks may run elsewhere, and a rerun starts elsewhere."""
+    spec = resolved.spec
+    return spec.model_copy(
+        update={
+            name: getattr(spec, name).absolute()
+            for name in ("trace", "cache_dir", "kvcache_bin_path", "results_dir")
+            if getattr(spec, name) is not None
+        }
+    )
+
+
+def _changed(before: KVCacheSpec, after: KVCacheSpec) -> list[str]:
+    return [name for name in KVCacheSpec.model_fields if getattr(before, name) != getattr(after, name)]
+
+
+def _metrics(summary: Summary) -> dict[str, object]:
+    """The numbers that one compares first."""
+    return {
+        "requests_completed": summary.requests.completed,
+        "requests_per_s": summary.requests.rate_per_s,
+        "hit_ratio_tokens": summary.hit_ratio.tokens.total,
+        "read_gib_per_s": summary.storage.read_gib_per_s,
+        "write_gib_per_s": summary.storage.write_gib_per_s,
+        "ttft_p50_ms": summary.latency["ttft"].p50_ms,
+        "ttft_p95_ms": summary.latency["ttft"].p95_ms,
+        "request_load_p95_ms": summary.latency["request_load"].p95_ms,
+        "storage_read_p95_ms": summary.latency["storage_read"].p95_ms,
+        "slo_met": summary.slo.met,
+        "client_bottleneck": summary.client.bottleneck,
+    }
+
+
+def _plain(summary: Summary | None) -> object:
+    return None if summary is None else summary.model_dump(mode="json")
+
+
+def _check_cache_dir(cache_dir: Path) -> None:
+    """Refuse a cache directory that cannot be used, before anything is created."""
+    nearest = cache_dir
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise AccessError(f"--cache-dir: {nearest} is not a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise AccessError(f"--cache-dir: no permission to write in {nearest}; choose another directory")
+
