@@ -1,6 +1,7 @@
 """What each command of the command line does, once its arguments are parsed."""
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from mlpstorage.benchmarks.base import DATETIME_FORMAT, exit_code_of, print_json, record_failed_invocation
 from mlpstorage.config import BENCHMARK_TYPES, EXIT_CODE, RunStatus
-from mlpstorage.errors import ConfigurationError, MLPStorageError, UsageError
+from mlpstorage.errors import MLPStorageError, UsageError
 from mlpstorage.results.directory import new_run_id
 from mlpstorage.results.models import SCHEMA_VERSION
 from mlpstorage.spec.fields import ENVIRONMENT_PREFIX
@@ -112,9 +113,7 @@ def _list(args: Namespace) -> int:
 
 
 def _show(args: Namespace) -> int:
-    import json  # noqa: PLC0415 - only what the command needs is imported
-
-    from mlpstorage.history import find_run  # noqa: PLC0415
+    from mlpstorage.history import find_run  # noqa: PLC0415 - only what the command needs is imported
     from mlpstorage.report.history_table import run_details  # noqa: PLC0415
     from mlpstorage.report.terminal import console_for  # noqa: PLC0415
 
@@ -125,7 +124,7 @@ def _show(args: Namespace) -> int:
         try:
             summary = json.loads(summary_path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigurationError(f"{summary_path} cannot be read: {error}") from None
+            _warn(f"{summary_path} cannot be read: {error}")
     if args.json:
         print_json({"metadata": dict(entry.metadata) | {"status": entry.status}, "summary": summary})
     else:

@@ -249,10 +249,14 @@ def _whole(metadata: Mapping[str, object], key: str) -> int | None:
 
 def _number(metadata: Mapping[str, object], key: str) -> float | None:
     value = metadata.get(key)
-    # 1e999 is valid JSON and infinite in Python.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    # 1e999 is valid JSON, and infinite in Python.
+    return number if math.isfinite(number) else None
 
 
 def _hosts(metadata: Mapping[str, object]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What every benchmark of the suite shares: its place among the results, its metadata, and its course from start to end."""
+"""What every benchmark shares: its place among the results, its metadata, its course from start to end."""
 
 import json
 import logging

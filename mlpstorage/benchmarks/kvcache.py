@@ -194,9 +194,12 @@ class KVCacheBenchmark(Benchmark):
         block_tokens = self._spec.block_tokens
         if self._spec.trace is not None:
             block_tokens = build_workload(self._spec, 0, self._layout.ranks).block_tokens
-        if not self._layout.ranks_here:
-            return
-        _check_cache_dir(self.cache_dir)
+        if self._layout.ranks_here:
+            _check_cache_dir(self.cache_dir)
+            self._fit_to_this_machine(block_tokens)
+
+    def _fit_to_this_machine(self, block_tokens: int) -> None:
+        """Work out the sizes that were left to the program, and refuse what does not fit."""
         space, memory_bytes = file_system_space(self.cache_dir), available_memory_bytes()
         resolved = with_automatic_sizes(
             self._spec,
@@ -205,6 +208,8 @@ class KVCacheBenchmark(Benchmark):
             storage_free_bytes=space.free_bytes,
             ranks_on_host=self._layout.ranks_here,
         )
+        self._sources.update(dict.fromkeys(_changed(self._spec, resolved), "auto"))
+        self._spec = resolved
         check_room(
             resolved,
             sizes(resolved, block_tokens),
@@ -213,8 +218,6 @@ class KVCacheBenchmark(Benchmark):
             ranks_on_host=self._layout.ranks_here,
             where=str(self.cache_dir),
         )
-        self._sources.update(dict.fromkeys(_changed(self._spec, resolved), "auto"))
-        self._spec = resolved
 
     def _perform(self) -> None:
         job = _Job(
@@ -286,13 +289,16 @@ class KVCacheBenchmark(Benchmark):
 
             console = console_for()
             console.print(summary_table(self._summary, metadata=self.metadata))
-            console.print(f"\nResults: {self.result_dir}\nNext:    mlpstorage history show {self.run_id}", soft_wrap=True)
+            console.print(
+                f"\nResults: {self.result_dir}\nNext:    mlpstorage history show {self.run_id}", soft_wrap=True
+            )
 
     def _show_plan(self) -> int:
+        refusal = self._refusal()
         command = self._command(None)
         planned = sizes(self._spec, self._spec.block_tokens)
         if self._shell.json:
-            print_json({"metadata": self.metadata, "command": command, "ranks": self._layout.ranks})
+            print_json({"metadata": self.metadata, "command": command, "ranks": self._layout.ranks, "refusal": refusal})
             return EXIT_CODE.SUCCESS
         from mlpstorage.report.plan import plan_text  # noqa: PLC0415 - not needed by a run
 
@@ -305,9 +311,19 @@ class KVCacheBenchmark(Benchmark):
                 result_dir=self.result_dir,
                 cache_dir=self.cache_dir,
                 command=shown(command),
+                refusal=refusal,
             )
         )
         return EXIT_CODE.SUCCESS
+
+    def _refusal(self) -> str | None:
+        """Why the planned run would not start on this machine; None where it would, or where it runs elsewhere."""
+        try:
+            if self._layout.ranks_here:
+                self._fit_to_this_machine(self._spec.block_tokens)
+        except ConfigurationError as error:
+            return str(error)
+        return None
 
     def _estimate(self) -> int:
         if self.command != "datasize":
@@ -434,4 +450,3 @@ def _check_cache_dir(cache_dir: Path) -> None:
         raise AccessError(f"--cache-dir: {nearest} is not a directory")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise AccessError(f"--cache-dir: no permission to write in {nearest}; choose another directory")
-

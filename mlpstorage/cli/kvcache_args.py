@@ -27,10 +27,11 @@ class _WideHelp(argparse.HelpFormatter):
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, KVCacheSpec, "run")
-    shell = _group(parser, OUTPUT)
+    shell = add_options(parser, KVCacheSpec, "run")[OUTPUT]
     shell.add_argument(
-        "--what-if", action="store_true", help="show the full plan and the exact command; contact nobody, create nothing"
+        "--what-if",
+        action="store_true",
+        help="show the full plan and the exact command; contact nobody, create nothing",
     )
     _add_config_file(shell)
     _add_json(shell)
@@ -73,11 +74,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more (got {value})")
     return value
-
-
-def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
-    """The parser's group of that title."""
-    return next(group for group in parser._action_groups if group.title == title)
 
 
 def _add_config_file(group: argparse._ArgumentGroup) -> None:

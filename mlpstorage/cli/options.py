@@ -4,6 +4,7 @@ import argparse
 import enum
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ GIVEN = "given"
 """Attribute of the namespace: names of the arguments that stood on the command line, as opposed to parser defaults."""
 
 
-def add_options(parser: argparse.ArgumentParser, model: type[Spec], command: str) -> None:
-    """Add the flags of `model` that `command` takes, in their groups."""
-    _record_given(parser)
+def add_options(parser: argparse.ArgumentParser, model: type[Spec], command: str) -> dict[str, argparse._ArgumentGroup]:
+    """Add the flags of `model` that `command` takes; returns their groups by title."""
+    parser.set_defaults(**{GIVEN: ()})
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, option in model.options().items():
         if command not in option.commands:
@@ -24,15 +25,16 @@ def add_options(parser: argparse.ArgumentParser, model: type[Spec], command: str
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
         groups[option.group].add_argument(*option.flags, **_argument(model, name, option))
+    return groups
 
 
 def _argument(model: type[Spec], name: str, option: Option) -> dict[str, Any]:
     field = model.model_fields[name]
     default = field.get_default(call_default_factory=True)
     value_type = _value_type(field.annotation)
-    keywords: dict[str, Any] = {"dest": name, "help": _help(str(field.description), default, option)}
+    keywords: dict[str, Any] = {"action": _Given, "dest": name, "help": _help(str(field.description), default, option)}
     if value_type is bool:
-        return {**keywords, "action": "store_true"}
+        return {**keywords, "switch": True}
     # A worked-out or environment-dependent default is None here; the spec has the last word.
     keywords["default"] = None if option.default_text or isinstance(default, (Path, dict)) else default
     if name == "model":
@@ -50,7 +52,7 @@ def _argument(model: type[Spec], name: str, option: Option) -> dict[str, Any]:
         keywords["nargs"] = option.nargs
         keywords["default"] = list(default) if isinstance(default, tuple) and default else None
     if option.repeat:
-        keywords["action"] = "append"
+        keywords["repeat"] = True
     return keywords
 
 
@@ -83,26 +85,28 @@ def _escaped(text: str) -> str:
     return text.replace("%", "%%")
 
 
-def _record_given(parser: argparse.ArgumentParser) -> None:
-    """Make `parser` note in the namespace which arguments stood on the command line.
+class _Given(argparse.Action):
+    """Stores a value, a further one, or True, and notes in the namespace that the argument was given.
 
-    argparse calls an action only for those; it sets defaults without one.
+    argparse calls an action only for what stood on the command line; it sets defaults without one.
     """
-    parser.set_defaults(**{GIVEN: ()})
-    for name, base in ((None, argparse._StoreAction), ("append", argparse._AppendAction), ("store_true", argparse._StoreTrueAction)):
-        parser.register("action", name, _recording(base))
 
+    def __init__(self, *, switch: bool = False, repeat: bool = False, **keywords: Any) -> None:  # noqa: ANN401 - argparse's own keywords
+        if switch:
+            keywords |= {"nargs": 0, "default": False}
+        super().__init__(**keywords)
+        self._switch = switch
+        self._repeat = repeat
 
-def _recording(base: type[argparse.Action]) -> type[argparse.Action]:
-    class Recording(base):  # type: ignore[misc, valid-type]
-        def __call__(
-            self,
-            parser: argparse.ArgumentParser,
-            namespace: argparse.Namespace,
-            values: Any,
-            option_string: str | None = None,
-        ) -> None:
-            setattr(namespace, GIVEN, (*getattr(namespace, GIVEN, ()), self.dest))
-            super().__call__(parser, namespace, values, option_string)
-
-    return Recording
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002 - as argparse calls it
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,  # noqa: ARG002 - as argparse calls it
+    ) -> None:
+        value: object = True if self._switch else values
+        if self._repeat:
+            value = [*(getattr(namespace, self.dest) or []), values]
+        setattr(namespace, self.dest, value)
+        setattr(namespace, GIVEN, (*getattr(namespace, GIVEN, ()), self.dest))

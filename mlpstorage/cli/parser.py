@@ -17,7 +17,7 @@ PROGRAMS = {
 class Parser(argparse.ArgumentParser):
     """A parser that raises a one-line error instead of printing the whole usage and exiting."""
 
-    def __init__(self, **keywords: Any) -> None:
+    def __init__(self, **keywords: Any) -> None:  # noqa: ANN401 - argparse's own keywords
         # An abbreviated flag would change its meaning when a longer one is added.
         super().__init__(**({"allow_abbrev": False} | keywords))
 

@@ -5,9 +5,9 @@ import contextlib
 import enum
 import resource
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from mlpstorage.config import GIB
 from mlpstorage.errors import MLPStorageError, RunError, RunTimeoutError
@@ -106,7 +106,7 @@ class Stop:
         self._reached.set()
 
 
-async def play(  # noqa: PLR0915 - the run's course, from its first to its last moment, in the order in which it happens
+async def play(
     *,
     rank: int,
     workload: Workload,
@@ -141,7 +141,16 @@ async def play(  # noqa: PLR0915 - the run's course, from its first to its last 
     engine = Engine(config, blocks=blocks, arena=arena, recorder=recorder, clock=clock, on_failure=stop.fail)
     lag = Histogram()
     meter = _CpuMeter(clock, window_ns[0])
-    sampler = _Sampler(rank, engine, recorder, clock, begin_ns, window_ns, config, stored_bytes, on_sample)
+    sampler = _Sampler(
+        rank=rank,
+        engine=engine,
+        recorder=recorder,
+        clock=clock,
+        begin_ns=begin_ns,
+        window_ns=window_ns,
+        stored_bytes=stored_bytes,
+        on_sample=on_sample,
+    )
     source = asyncio.create_task(_arrivals(workload, engine, config, clock, begin_ns))
     window_over = asyncio.create_task(clock.sleep_until(window_ns[1]))
     async with _running(meter.run(), sampler.run(), _probe_lag(clock, recorder, lag)):
@@ -192,9 +201,9 @@ def _as_failure(error: BaseException | None) -> Exception:
 
 
 @contextlib.asynccontextmanager
-async def _running(*works: "asyncio._CoroutineLike[None]") -> AsyncIterator[None]:
+async def _running(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run endless works beside the body and end them with it."""
-    tasks = [asyncio.ensure_future(work) for work in works]
+    tasks = [asyncio.create_task(work) for work in works]
     try:
         yield
     finally:
@@ -224,9 +233,7 @@ async def _open_loop(
         group.create_task(engine.serve(request, intended_ns))
 
 
-async def _user(
-    requests: Iterator[Request], engine: Engine, config: EngineConfig, clock: Clock, begin_ns: int
-) -> None:
+async def _user(requests: Iterator[Request], engine: Engine, config: EngineConfig, clock: Clock, begin_ns: int) -> None:
     """One user of a closed loop: think, ask, wait for the answer."""
     ready_ns = begin_ns
     for request in requests:
@@ -275,13 +282,13 @@ class _Sampler:
 
     def __init__(
         self,
+        *,
         rank: int,
         engine: Engine,
         recorder: Recorder,
         clock: Clock,
         begin_ns: int,
         window_ns: tuple[int, int],
-        config: EngineConfig,
         stored_bytes: int,
         on_sample: Callable[[Sample], None],
     ) -> None:

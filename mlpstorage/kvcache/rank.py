@@ -105,7 +105,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[KVCacheSpec, str]:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for a SIGTERM when the parent dies, so that a killed launcher leaves no rank and no file behind."""
+    """Ask the kernel for a SIGTERM when the parent dies: a killed launcher leaves no rank and no file behind."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

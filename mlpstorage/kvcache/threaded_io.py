@@ -36,9 +36,12 @@ class ThreadedIO:
             if not finished.cancelled():
                 finished.set_result(done)
 
+        def to_loop(done: list[OpDone]) -> None:
+            loop.call_soon_threadsafe(arrived, done)
+
         self._outstanding += 1
         self._idle.clear()
-        self._pool.submit(chains, lane, lambda done: loop.call_soon_threadsafe(arrived, done) and None)
+        self._pool.submit(chains, lane, to_loop)
         return await finished
 
     def cancel_queued(self) -> None:

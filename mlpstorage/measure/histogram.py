@@ -6,10 +6,11 @@ ranks are those of the pooled samples.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 _SUB_BITS = 7
 _EXACT_BELOW = 2 << _SUB_BITS
-SCHEME = "log-linear-7"
+SCHEME: Final = "log-linear-7"
 """Name of the bucket layout, stored with every exported histogram."""
 
 MIN_SAMPLES_ABOVE = 10
@@ -102,9 +103,7 @@ class Histogram:
         return total
 
     @classmethod
-    def restored(
-        cls, counts: Mapping[int, int], sum_ns: int, min_ns: int | None, max_ns: int | None
-    ) -> "Histogram":
+    def restored(cls, counts: Mapping[int, int], sum_ns: int, min_ns: int | None, max_ns: int | None) -> "Histogram":
         """A histogram from exported values."""
         histogram = cls()
         histogram.counts = dict(counts)

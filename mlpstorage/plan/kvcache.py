@@ -101,7 +101,13 @@ def with_automatic_sizes(
 
 
 def check_room(
-    spec: KVCacheSpec, planned: Sizes, *, memory_free_bytes: int, storage_free_bytes: int, ranks_on_host: int, where: str
+    spec: KVCacheSpec,
+    planned: Sizes,
+    *,
+    memory_free_bytes: int,
+    storage_free_bytes: int,
+    ranks_on_host: int,
+    where: str,
 ) -> None:
     """Refuse a plan that does not fit the host.
 

@@ -102,12 +102,12 @@ def _lines_table(entries: Sequence[RunEntry], *, hosts_shown: int | None) -> Tab
     for entry in entries:
         table.add_row(
             Text(plain(entry.run_id), style="bold"),
-            _when(entry),
+            Text(_when(entry)),
             _text(entry.benchmark_type),
             _text(entry.model),
             _text(entry.command),
             str(entry.ranks),
-            _hosts(entry, hosts_shown),
+            Text(_hosts(entry, hosts_shown)),
             _status(entry),
             _run_time(entry),
             _text(entry.headline),

@@ -20,8 +20,9 @@ def plan_text(
     result_dir: Path,
     cache_dir: Path,
     command: str,
+    refusal: str | None,
 ) -> str:
-    """The plan of a run and its exact command. Nothing of it was done."""
+    """The plan of a run and its exact command. Nothing of it was done; `refusal` is why it would not start."""
     hosts = ", ".join(host.name for host in spec.parsed_hosts) if layout.uses_mpi else "this machine"
     per_second = (
         f"trace {spec.trace}, times x {spec.time_scale:g}, first {spec.max_requests or 'all'} requests"
@@ -56,6 +57,7 @@ def plan_text(
             "Command:",
             f"  {command}",
             "",
+            *([] if refusal is None else [f"It would be refused: {refusal}", ""]),
         ]
     )
 
@@ -65,16 +67,17 @@ def data_sizes_text(estimate: DataSizes) -> str:
     rows = [
         ("bytes per token", f"{estimate.bytes_per_token:,}"),
         ("block", f"{estimate.block_tokens} tokens, {estimate.bytes_per_block:,} bytes"),
-        ("block on storage", f"{estimate.stored_bytes_per_block:,} bytes ({estimate.padding_bytes_per_block:,} padding)"),
         (
-            "break-even",
-            f"reading beats computing above {estimate.break_even_gib_per_s:.2f} GiB/s for one request "
-            f"(at {estimate.prefill_tokens_per_s:,.0f} prefill tokens/s)",
+            "block on storage",
+            f"{estimate.stored_bytes_per_block:,} bytes ({estimate.padding_bytes_per_block:,} padding)",
         ),
+        ("break-even", f"reading beats computing above {estimate.break_even_gib_per_s:.2f} GiB/s, for one request"),
+        ("prefill", f"{estimate.prefill_tokens_per_s:,.0f} tokens/s"),
     ]
     if estimate.window_bytes_per_sequence:
         rows.insert(
-            1, ("sliding windows", f"{estimate.window_bytes_per_sequence:,} bytes a sequence (not in the figures below)")
+            1,
+            ("sliding windows", f"{estimate.window_bytes_per_sequence:,} bytes a sequence (not in the figures below)"),
         )
     contexts = [
         (

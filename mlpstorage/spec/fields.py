@@ -76,7 +76,11 @@ class Resolved(Generic[SpecT]):
 
 
 def resolve(
-    model: type[SpecT], args: Namespace, *, environment: Mapping[str, str] | None = None, config_file: Path | None = None
+    model: type[SpecT],
+    args: Namespace,
+    *,
+    environment: Mapping[str, str] | None = None,
+    config_file: Path | None = None,
 ) -> Resolved[SpecT]:
     """Merge flags, environment, config file and defaults into a checked spec.
 

@@ -226,7 +226,7 @@ class KVCacheSpec(Spec):
         dict[str, str],
         Field(description="note kept with the result; may be repeated"),
         Option(flags=("--label",), group=OUTPUT, metavar="KEY=VALUE", nargs="+", repeat=True, rank=False),
-    ] = {}
+    ] = Field(default_factory=dict)
 
     @property
     def shape(self) -> ModelShape:

@@ -1,1 +1,1 @@
-"""Where blocks are kept: stores, the I/O threads that drive them, the payload and its proof, and who owns a directory."""
+"""Where blocks are kept: stores, their I/O threads, the payload and its proof, and who owns a directory."""

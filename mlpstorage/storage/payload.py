@@ -4,32 +4,41 @@ An object's key is the 128-bit blake2b digest of its namespace ("model|kv_rank|g
 is the file name; its first eight bytes, little-endian, are the object stamp.
 
 Each 4 KiB page of an object holds random bytes behind a stamp of two little-endian 64-bit words: the object stamp and
-the page's number. Each write has random bytes of its own: the buffer is combined with a fresh 64-bit key (XOR), which
-costs a fifth of drawing random numbers and leaves neither a deduplicating nor a compressing store anything to find,
-however large its window and whatever was read into the buffer before.
+the page's number. No two pages are equal, so that deduplication finds nothing. The random bytes are drawn once, for
+`BASE_BYTES` a thread, and successive writes of a thread take successive parts of them, so that a compressor that sees
+the writes in order needs a window larger than that to find any of them again.
 """
 
-import random
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlpstorage.config import PAGE_BYTES
+from mlpstorage.config import MIB, PAGE_BYTES
 from mlpstorage.errors import RunError
 from mlpstorage.storage.base import aligned_memory
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+BASE_BYTES = 8 * MIB
+"""Random bytes that a thread writes, at least, before it repeats itself."""
+
 _WORD = np.dtype("<u8")
 _STAMP = np.dtype("V16")
 _PAGE_STAMPS = PAGE_BYTES // _STAMP.itemsize
-_FILL_WORDS = 1 << 15
-"""Words drawn at a time, few enough to stay in the processor's cache."""
+_DRAWN_WORDS = MIB // _WORD.itemsize
+"""Words that are drawn; the rest of a payload is these, combined (XOR) with one more word for each such stretch. That
+costs a tenth of drawing them all, and to a compressor the stretches have no bytes in common."""
+_PART_PAGES = 500
+"""Pages stamped or gathered in one call. Above that numpy gives up the interpreter lock for the few microseconds that
+it takes, and threads that have to take it back from each other spend more on that than on the stamps."""
 
 KEY_BYTES = 16
 """Length of an object's key; its name is twice as many hex digits."""
+
+STAMP_BYTES = 8
+"""How much of its beginning is the object stamp."""
 
 
 class VerifyError(RunError):
@@ -75,7 +84,7 @@ class ObjectKeys:
 
     def stamp(self, block_id: int) -> int:
         """The word that begins each page of the object."""
-        return int.from_bytes(self.key(block_id)[:8], "little")
+        return int.from_bytes(self.key(block_id)[:STAMP_BYTES], "little")
 
 
 class Payload:
@@ -88,87 +97,143 @@ class Payload:
         self.stored_bytes = stored_bytes
 
     def new_buffer(self) -> "PayloadBuffer":
-        """A buffer for one thread, with memory of its own that is good for direct I/O."""
-        return PayloadBuffer(self.keys, aligned_memory(self.stored_bytes))
+        """A buffer for one thread."""
+        return PayloadBuffer(self.keys, self.stored_bytes)
 
     def stamp(self, memory: memoryview, block_id: int) -> None:
-        """Stamp the pages of `memory` as those of an object."""
-        PayloadBuffer(self.keys, memory).stamp(block_id)
+        """Stamp the pages of `memory` as those of an object; the bytes between the stamps stay."""
+        PagedMemory(memory).stamp(self.keys.key(block_id))
 
     def check(self, memory: memoryview, block_id: int) -> int:
-        """Check the stamps of all pages of `memory`; returns the bytes of the pages found right.
+        """Check the stamps of all pages of `memory`; returns the bytes of the pages found right, which is all of them.
 
         Raises:
             VerifyError: A page is not the object's.
         """
-        return PayloadBuffer(self.keys, memory).check(block_id)
+        return PagedMemory(memory).check(self.keys.key(block_id))
 
 
-class PayloadBuffer:
-    """Memory for one object with all that stamping and checking it need prepared; for one thread at a time."""
+class PagedMemory:
+    """Memory for one object, with all that stamping and checking its pages need prepared."""
 
-    __slots__ = ("_bytes", "_expected", "_expected_stamps", "_is_random", "_keys", "_stamps", "_words", "memory")
+    __slots__ = ("_bytes", "_expected", "_found", "_pages", "_parts", "_stamp_words", "memory")
 
-    def __init__(self, keys: ObjectKeys, memory: memoryview) -> None:
-        pages = memory.nbytes // PAGE_BYTES
+    def __init__(self, memory: memoryview) -> None:
         self.memory = memory
-        self._keys = keys
-        self._is_random = False
         self._bytes: npt.NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
-        self._words: npt.NDArray[np.uint64] = np.frombuffer(memory, _WORD)
-        self._stamps: npt.NDArray[np.void] = np.frombuffer(memory, _STAMP)[::_PAGE_STAMPS]
-        self._expected: npt.NDArray[np.uint64] = np.zeros((pages, 2), _WORD)
-        self._expected[:, 1] = np.arange(pages, dtype=_WORD)
-        self._expected_stamps: npt.NDArray[np.void] = self._expected.reshape(-1).view(_STAMP)
-
-    def prepare(self, block_id: int) -> None:
-        """Fill the memory with a payload for an object, unlike any other."""
-        if self._is_random:
-            words = self._words
-            np.bitwise_xor(words, np.uint64(random.getrandbits(64)), out=words)
-        else:
-            self._fill()
-        self.stamp(block_id)
-
-    def stamp(self, block_id: int) -> None:
-        """Stamp the pages as those of an object; the bytes between the stamps stay."""
-        self._expected[:, 0] = self._keys.stamp(block_id)
+        self._pages = memory.nbytes // PAGE_BYTES
+        self._expected: npt.NDArray[np.uint64] = np.zeros((self._pages, 2), _WORD)
+        self._expected[:, 1] = np.arange(self._pages, dtype=_WORD)
+        self._stamp_words = self._expected.data.cast("B").cast("Q")[::2]
+        self._found = np.empty(self._pages, _STAMP)
         # Both words of a stamp are one 16-byte item, so that a page costs one access to memory.
-        self._stamps[:] = self._expected_stamps
+        expected = self._expected.reshape(-1).view(_STAMP)
+        stamps = np.frombuffer(memory, _STAMP)[::_PAGE_STAMPS]
+        parts = [slice(start, start + _PART_PAGES) for start in range(0, self._pages, _PART_PAGES)]
+        self._parts = [(stamps[part], expected[part], self._found[part]) for part in parts]
 
-    def check(self, block_id: int) -> int:
-        """Check the stamps of all pages; returns the bytes of the pages found right, which is all of them.
+    def stamp(self, key: bytes) -> None:
+        """Stamp the pages as those of the object with this key."""
+        self._expect(key)
+        for stamps, expected, _found in self._parts:
+            stamps[:] = expected
+
+    def check(self, key: bytes) -> int:
+        """Check the stamps; returns the bytes of the pages found right, which is all of them.
 
         Raises:
             VerifyError: A page is not the object's.
         """
-        self._expected[:, 0] = self._keys.stamp(block_id)
-        found = self._stamps.tobytes()
-        if found == self._expected_stamps.tobytes():
-            self._is_random = True
+        self._expect(key)
+        for stamps, _expected, found in self._parts:
+            found[:] = stamps
+        if self._found.tobytes() == self._expected.tobytes():
             return self.memory.nbytes
-        pairs = np.frombuffer(found, _WORD).reshape(-1, 2)
+        pairs = self._found.view(_WORD).reshape(-1, 2)
         page = int((pairs != self._expected).any(axis=1).argmax())
         expected = (int(self._expected[page, 0]), int(self._expected[page, 1]))
-        raise VerifyError(self._keys.name(block_id), page, expected, (int(pairs[page, 0]), int(pairs[page, 1])))
+        raise VerifyError(key.hex(), page, expected, (int(pairs[page, 0]), int(pairs[page, 1])))
 
-    def load(self, source: memoryview) -> None:
+    def fill(self) -> None:
+        """Fill the memory with random bytes.
+
+        They come from the system's entropy: which blocks are written follows from the run's seed, what is in them need
+        not, and should not be what an earlier run left on the same storage.
+        """
+        draw = np.random.SFC64().random_raw
+        words = self._bytes.view(_WORD)
+        drawn = words[:_DRAWN_WORDS]
+        drawn[:] = draw(drawn.size)
+        for start in range(_DRAWN_WORDS, words.size, _DRAWN_WORDS):
+            part = words[start : start + _DRAWN_WORDS]
+            np.bitwise_xor(drawn[: part.size], np.uint64(draw()), out=part)
+
+    def copy_from(self, source: memoryview) -> None:
         """Copy an object into the memory; of a source without padding the end of the last page stays as it was."""
         np.copyto(self._bytes[: source.nbytes], np.frombuffer(source, np.uint8))
 
-    def save(self, target: memoryview) -> None:
+    def copy_to(self, target: memoryview) -> None:
         """Copy the memory to `target`, which may lack the padding."""
         np.copyto(np.frombuffer(target, np.uint8), self._bytes[: target.nbytes])
 
-    def discard(self) -> None:
-        """Forget what the memory holds: until it is checked, what is read into it is no base for a payload."""
-        self._is_random = False
+    def _expect(self, key: bytes) -> None:
+        self._stamp_words[:] = memoryview(key[:STAMP_BYTES] * self._pages).cast("Q")
 
-    def _fill(self) -> None:
-        # Seeded by the system: which blocks are read and written follows from the run's seed, what is in them need not.
-        draw = np.random.SFC64().random_raw
-        words = self._words
-        for start in range(0, words.size, _FILL_WORDS):
-            part = words[start : start + _FILL_WORDS]
-            part[:] = draw(part.size)
-        self._is_random = True
+
+class PayloadBuffer:
+    """A thread's memory: one part to read objects into, and the random bytes that it writes.
+
+    Objects of `BASE_BYTES` and more are read into the only part there is. Smaller ones are read into a part of their
+    own: were what is read written again, threads that read the same object would write the same bytes. Memory is taken
+    as parts are first used, in all less than `BASE_BYTES` and two objects, or one object.
+    """
+
+    __slots__ = ("_filled", "_keys", "_memory", "_next", "_parts", "_read", "_stored_bytes")
+
+    def __init__(self, keys: ObjectKeys, stored_bytes: int) -> None:
+        # The part for reading, and as many to write from as make up the base.
+        count = 1 if stored_bytes >= BASE_BYTES else 1 - (-BASE_BYTES // stored_bytes)
+        self._keys = keys
+        self._stored_bytes = stored_bytes
+        self._memory = aligned_memory(count * stored_bytes)
+        self._read = PagedMemory(self._memory[:stored_bytes])
+        self._parts: list[PagedMemory | None] = [self._read, *[None] * (count - 1)]
+        self._filled = False
+        self._next = 0
+
+    def to_read(self) -> PagedMemory:
+        """Memory to read an object into; what it is given must then be checked by `check`."""
+        self._filled = False
+        return self._read
+
+    def check(self, block_id: int) -> int:
+        """Check what was read; returns the bytes of the pages found right, which is all of them.
+
+        Raises:
+            VerifyError: A page is not the object's.
+        """
+        verified_bytes = self._read.check(self._keys.key(block_id))
+        self._filled = True
+        return verified_bytes
+
+    def to_write(self, block_id: int) -> PagedMemory:
+        """Memory that holds a payload for an object."""
+        part = self._written_part() if len(self._parts) > 1 else self._only_part()
+        part.stamp(self._keys.key(block_id))
+        return part
+
+    def _only_part(self) -> PagedMemory:
+        # Any object that was read and found right is as good as random bytes. What failed to be read is not.
+        if not self._filled:
+            self._read.fill()
+            self._filled = True
+        return self._read
+
+    def _written_part(self) -> PagedMemory:
+        self._next = self._next % (len(self._parts) - 1) + 1
+        part = self._parts[self._next]
+        if part is None:
+            start = self._next * self._stored_bytes
+            part = self._parts[self._next] = PagedMemory(self._memory[start : start + self._stored_bytes])
+            part.fill()
+        return part

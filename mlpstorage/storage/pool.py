@@ -197,17 +197,16 @@ class _Worker:
 
     def _read(self, op: Op) -> int:
         buffer = self._buffer or self._new_buffer()
-        buffer.discard()
+        memory = buffer.to_read().memory
         self._start_ns = time.perf_counter_ns()
-        self._direct = self._store.read(op.block_id, buffer.memory)
+        self._direct = self._store.read(op.block_id, memory)
         self._end_ns = time.perf_counter_ns()
         return buffer.check(op.block_id)
 
     def _write(self, op: Op) -> int:
-        buffer = self._buffer or self._new_buffer()
-        buffer.prepare(op.block_id)
+        memory = (self._buffer or self._new_buffer()).to_write(op.block_id).memory
         self._start_ns = time.perf_counter_ns()
-        self._direct = self._store.write(op.block_id, buffer.memory)
+        self._direct = self._store.write(op.block_id, memory)
         self._end_ns = time.perf_counter_ns()
         return 0
 
@@ -218,20 +217,19 @@ class _Worker:
         return 0
 
     def _copy_in(self, op: Op) -> int:
-        buffer = self._buffer or self._new_buffer()
         slot = self._slot(op)
-        buffer.prepare(op.block_id)
+        part = (self._buffer or self._new_buffer()).to_write(op.block_id)
         self._start_ns = time.perf_counter_ns()
-        buffer.save(slot)
+        part.copy_to(slot)
         self._end_ns = time.perf_counter_ns()
         return 0
 
     def _copy_out(self, op: Op) -> int:
-        buffer = self._buffer or self._new_buffer()
         slot = self._slot(op)
-        buffer.discard()
+        buffer = self._buffer or self._new_buffer()
+        part = buffer.to_read()
         self._start_ns = time.perf_counter_ns()
-        buffer.load(slot)
+        part.copy_from(slot)
         self._end_ns = time.perf_counter_ns()
         # A slot that holds another object is an error, but what is right here says nothing about storage.
         buffer.check(op.block_id)

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -46,12 +46,12 @@ def runs(results_dir: Path, **filters: object) -> list[RunEntry]:
 
 
 @pytest.fixture
-def three_runs(tmp_path: Path) -> Iterator[Path]:
+def three_runs(tmp_path: Path) -> Path:
     """A results directory with three runs, not written in their order."""
     add_run(tmp_path, "20261123_100000", run_id="20261123_100000-aaaaaa", model="llama3.1-8b")
     add_run(tmp_path, "20261125_100000", run_id="20261125_100000-cccccc", status="failed")
     add_run(tmp_path, "20261124_100000", benchmark="training", run_id="20261124_100000-bbbbbb", model="unet3d")
-    yield tmp_path
+    return tmp_path
 
 
 def test_runs_are_listed_newest_first(three_runs: Path) -> None:
@@ -140,12 +140,12 @@ def test_made_ids_differ_and_outlive_a_move(tmp_path: Path) -> None:
         {"num_processes": None, "hosts": None, "exit_code": None, "runtime_s": None, "labels": None, "process": None},
         {"num_processes": "four", "hosts": 7, "exit_code": "6", "runtime_s": "long", "labels": [], "process": "me"},
         {"num_processes": True, "hosts": {}, "exit_code": False, "runtime_s": True, "headline": 3, "process": 1},
-        {"run_id": 5, "runtime_s": float("nan"), "status": "running", "process": {"pid": "x", "host": 3}},
+        {"run_id": 5, "runtime_s": 10**400, "status": "running", "process": {"pid": "x", "host": 3}},
     ],
 )
 def test_odd_values_of_other_programs_are_left_out(tmp_path: Path, changes: dict[str, object]) -> None:
     """What has another type than ours counts as not recorded; the run is still listed."""
-    add_run(tmp_path, "20261123_100000", **changes)
+    add_run(tmp_path, "20261123_100000", "kv_cache", **changes)
     (entry,) = runs(tmp_path)
     assert (entry.ranks, entry.hosts, entry.exit_code, entry.runtime_s) == (1, (), None, None)
     assert (entry.headline, entry.labels) == (None, {})

@@ -42,7 +42,9 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     # Public fakes and conformance suites: they may use what they imitate and what they check.
     "testing": FLOW,
     "benchmarks": FLOW | {"history", "report"},
-    "main": FLOW | {"history", "report", "benchmarks"},
+    # What the commands do, once main has parsed them.
+    "commands": FLOW | {"history", "report", "benchmarks"},
+    "main": FLOW | {"commands"},
     "__main__": frozenset({"main"}),
 }
 """What each layer may import; a dotted name is one module, and its own rule beats that of its package."""

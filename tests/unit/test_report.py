@@ -1,0 +1,585 @@
+"""What people see: the table at the end of a run, `history list` and `history show`, as rendered for real."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+from mlpstorage.config import GIB, RunStatus
+from mlpstorage.history import RunEntry
+from mlpstorage.measure.histogram import Histogram
+from mlpstorage.report.history_table import history_table, run_details
+from mlpstorage.report.terminal import (
+    bytes_text,
+    console_for,
+    headline,
+    percent_text,
+    plain,
+    seconds_text,
+    significant,
+    summary_table,
+)
+from mlpstorage.results.models import (
+    LATENCIES,
+    BreakEven,
+    Client,
+    HitRatio,
+    HostSummary,
+    Latency,
+    RequestRates,
+    Slo,
+    StorageCounts,
+    Summary,
+    TierRatios,
+    Window,
+    WindowStorage,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+METADATA: Mapping[str, object] = {"model": "llama3.1-8b", "num_users": 100, "num_processes": None}
+
+
+def latency_of(value_ms: float, count: int) -> Latency:
+    """A latency of `count` equal samples: every percentile that there is equals them."""
+    histogram = Histogram()
+    for _ in range(count):
+        histogram.record(round(value_ms * 1e6))
+    return Latency.of(histogram)
+
+
+def summary_of(samples: int = 5_000, **changes: object) -> Summary:
+    """A run in which everything went well, and the changes."""
+    counts = dict.fromkeys(StorageCounts.model_fields, 0)
+    window_counts = counts | {
+        "read_bytes": 24 * GIB,
+        "written_bytes": 5 * GIB,
+        "read_ops": 12_288,
+        "write_ops": 2_560,
+    }
+    values_ms = {name: 10.0 * number for number, name in enumerate(LATENCIES, 1)} | {"ttft": 84.0, "lookup": 0.02}
+    summary = Summary(
+        run_id="20261123_093000-0a1b2c",
+        status=RunStatus.COMPLETE,
+        error=None,
+        workload_digest="aa",
+        window=Window(warmup_s=4.0, measured_s=20.0, drain_s=0.5, requests_in_flight_at_end=0),
+        requests=RequestRates(
+            completed=1234,
+            failed=0,
+            rate_per_s=61.7,
+            prompt_tokens_per_s=617_250.0,
+            cached_tokens_per_s=345_660.0,
+            output_tokens_per_s=61_725.0,
+        ),
+        hit_ratio=HitRatio(
+            tokens=TierRatios(gpu=0.12, cpu=0.03, storage=0.41, total=0.56),
+            blocks=TierRatios(gpu=0.25, cpu=0.125, storage=0.25, total=0.625),
+        ),
+        storage=WindowStorage(**window_counts, read_gib_per_s=1.2, write_gib_per_s=0.25),
+        storage_total=StorageCounts(**counts),
+        latency={name: latency_of(value_ms, samples) for name, value_ms in values_ms.items()},
+        client=Client(
+            cpu_s=3.2,
+            cpu_ms_per_gib=110.3,
+            max_rss_bytes=512 << 20,
+            os_read_bytes=None,
+            os_written_bytes=None,
+            loop_lag_p99_ms=3.17,
+            bottleneck=False,
+        ),
+        breakeven=BreakEven(prefill_tokens_per_s=20_000, read_gib_per_s_needed=2.44140625, ttft_saved_mean_ms=100.0),
+        slo=Slo(ttft_p95_ms_target=450.0, met=True),
+        hosts=(_host("h1"),),
+    )
+    return summary.model_copy(update=changes)
+
+
+def _host(name: str) -> HostSummary:
+    return HostSummary(
+        host=name, ranks=1, first_done_s=20.5, last_done_s=21.25, read_gib_per_s=1.2, write_gib_per_s=0.25
+    )
+
+
+def few_samples() -> Summary:
+    """A run that was stopped early: 15 samples of each latency, which have a median at most."""
+    return summary_of(15, status=RunStatus.INTERRUPTED, slo=Slo(ttft_p95_ms_target=450.0, met=None))
+
+
+def troubled() -> Summary:
+    """A run in which everything went wrong that can."""
+    base = summary_of()
+    wrong = {"io_errors": 2, "verify_errors": 1, "writes_dropped": 77, "buffered_files": 3_000}
+    return summary_of(
+        status=RunStatus.FAILED,
+        error="rank 1 on a-host-with-a-name.cluster.example.org: cannot write /mnt/nvme/cache/ab/cd/"
+        "0123456789abcdef0123456789abcdef: no space left on device; lower --storage-gb",
+        requests=base.requests.model_copy(update={"failed": 9}),
+        window=base.window.model_copy(update={"requests_in_flight_at_end": 42}),
+        storage_total=base.storage_total.model_copy(update=wrong),
+        client=base.client.model_copy(update={"bottleneck": True}),
+        slo=Slo(ttft_p95_ms_target=50.0, met=False),
+        hosts=(_host("h1"), _host("a-host-with-a-name.cluster.example.org")),
+    )
+
+
+def shown(renderable: RenderableType, width: int = 80, *, color: bool = False) -> str:
+    """What a terminal of that width shows."""
+    stream = io.StringIO()
+    console = Console(
+        file=stream,
+        width=width,
+        force_terminal=color,
+        color_system="standard" if color else None,
+        legacy_windows=False,
+        _environ={},
+    )
+    console.print(renderable)
+    return stream.getvalue()
+
+
+def flat(text: str) -> str:
+    """The text with all blanks and line ends as single blanks."""
+    return " ".join(text.split())
+
+
+# The end of a run
+
+
+def test_verdict_stands_first_in_words() -> None:
+    """Model, users, hit share, time to first token and the verdict are the first two sentences."""
+    text = flat(shown(summary_table(summary_of(), metadata=METADATA)))
+    assert text.startswith(
+        "llama3.1-8b, 100 users: 56.0 % of the prompt tokens were found in the cache, 41.0 % on storage. "
+        "Time to first token (TTFT) p95 is 84.0 ms: MEETS the target of 450 ms. "
+    )
+
+
+@pytest.mark.parametrize(
+    ("metadata", "load"),
+    [
+        ({"num_users": 7, "num_processes": 4}, "4 ranks x 7 users: "),
+        ({"parameters": {"num_users": 8}}, "8 users: "),
+        ({"num_users": 100, "parameters": {"trace": "/traces/chat.jsonl"}}, "trace chat.jsonl: "),
+        ({"parameters": {"trace": None}}, "n/a users: "),
+    ],
+)
+def test_load_is_named(metadata: dict[str, object], load: str) -> None:
+    """Users are counted per rank; a trace takes their place."""
+    text = flat(shown(summary_table(summary_of(), metadata={"model": "tiny-1b"} | metadata)))
+    assert text.startswith(f"tiny-1b, {load}")
+
+
+def test_numbers_stand_under_their_units() -> None:
+    """Rows of the tables hold the numbers in the order of their headings."""
+    lines = [line.split() for line in shown(summary_table(summary_of(), metadata=METADATA)).splitlines()]
+    rows = {" ".join(line[:2]): line for line in lines if line}
+    assert rows["Storage GiB/s"] == ["Storage", "GiB/s", "ops", "bytes", "p50", "ms", "p95", "ms", "p99", "ms"]
+    assert ["read", "1.20", "12,288", "24.0", "GiB", "40.0", "40.0", "40.0"] in lines
+    assert ["write", "0.250", "2,560", "5.00", "GiB", "50.0", "50.0", "50.0"] in lines
+    assert rows["Latency count"] == [
+        "Latency",
+        "count",
+        "mean",
+        "ms",
+        "p50",
+        "ms",
+        "p95",
+        "ms",
+        "p99",
+        "ms",
+        "max",
+        "ms",
+    ]
+    assert ["TTFT", "5,000", *["84.0"] * 5] in lines
+    assert ["request", "load", "5,000", *["20.0"] * 5] in lines
+    assert ["lookup", "5,000", *["0.0200"] * 5] in lines
+    assert rows["Cache hits"] == ["Cache", "hits", "GPU", "CPU", "storage", "total"]
+    assert ["of", "tokens", "12.0", "%", "3.0", "%", "41.0", "%", "56.0", "%"] in lines
+    assert ["of", "blocks", "25.0", "%", "12.5", "%", "25.0", "%", "62.5", "%"] in lines
+
+
+def test_facts_have_their_units() -> None:
+    """Requests, window, break-even and client cost are told with units."""
+    text = flat(shown(summary_table(summary_of(), metadata=METADATA)))
+    for part in (
+        "1,234 completed, 61.7 a second; tokens a second: 617,250 prompt, 345,660 cached, 61,725 output",
+        "20.0 s measured after 4.0 s of warm-up; 0.5 s of drain",
+        "reading beats recompute above 2.44 GiB/s (prefill 20,000 tokens/s); TTFT saved, mean: 100 ms",
+        "CPU 110 ms per GiB moved, 3.2 s in all; peak RSS of a rank 512 MiB; loop lag p99 3.17 ms",
+    ):
+        assert part in text
+
+
+def test_good_run_has_nothing_to_overlook() -> None:
+    """Without trouble there is no banner, no exclamation mark and no footnote."""
+    text = shown(summary_table(summary_of(), metadata=METADATA))
+    assert "Latency" in text
+    for sign in ("!", "PARTIAL", "n/a"):
+        assert sign not in text
+
+
+def test_trouble_is_told_with_its_count() -> None:
+    """Every count that changes the meaning of the numbers has a line, with the number."""
+    text = shown(summary_table(troubled(), metadata={**METADATA, "num_processes": 3}), 200)
+    notes = [line for line in text.splitlines() if line.startswith("! ")]
+    assert [note[2:].partition(" (")[0] for note in notes] == [
+        "only 2 of 3 ranks left numbers",
+        "verify errors: 1",
+        "I/O errors: 2",
+        "failed requests: 9",
+        "dropped writes: 77",
+        "buffered files: 3,000",
+        "client bottleneck: the client, not the storage, may be the limit",
+        "in flight at the end of the window: 42",
+    ]
+
+
+def test_trouble_inside_the_window_alone_is_told() -> None:
+    """A count of the window is told even where the totals lack it."""
+    storage = summary_of().storage.model_copy(update={"io_errors": 5})
+    assert "! I/O errors: 5" in shown(summary_table(summary_of(storage=storage), metadata=METADATA))
+
+
+@pytest.mark.parametrize("status", [RunStatus.FAILED, RunStatus.INTERRUPTED, RunStatus.RUNNING])
+def test_partial_run_says_so_on_top(status: RunStatus) -> None:
+    """The first line tells the status and that the numbers are partial; the verdict repeats it."""
+    text = shown(summary_table(summary_of(status=status, error="it broke"), metadata=METADATA))
+    lines = text.splitlines()
+    assert lines[0] == f"RUN {status.upper()}: the numbers are PARTIAL, up to where it stopped"
+    assert lines[1] == "it broke"
+    assert "as far as the partial numbers tell" in flat(text)
+
+
+def test_missing_numbers_are_not_zeros() -> None:
+    """Percentiles that too few samples have are `n/a`, with a footnote; the medians that there are stay."""
+    text = shown(summary_table(few_samples(), metadata=METADATA))
+    lines = [line.split() for line in text.splitlines()]
+    assert ["TTFT", "15", "84.0", "n/a", "n/a", "n/a", "84.0"] in lines
+    assert text.splitlines()[-1].startswith("n/a: not measured, or too few samples")
+    assert "Too few requests were completed to tell" in flat(text)
+
+
+def test_run_without_a_request_tells_it() -> None:
+    """Nothing was measured: no rate is printed as a number, and no percentage."""
+    none = TierRatios(gpu=None, cpu=None, storage=None, total=None)
+    base = summary_of()
+    summary = summary_of(
+        0,
+        hit_ratio=HitRatio(tokens=none, blocks=none),
+        storage=base.storage.model_copy(update={"read_gib_per_s": None, "write_gib_per_s": None}),
+        slo=Slo(ttft_p95_ms_target=450.0, met=None),
+    )
+    text = flat(shown(summary_table(summary, metadata=METADATA)))
+    assert "no request was completed in the measured window" in text
+    assert "%" not in text
+    assert "None" not in text
+    assert headline(summary) == "n/a read, TTFT p95 n/a"
+
+
+@pytest.mark.parametrize("summary", [summary_of(), few_samples(), troubled()], ids=["good", "few", "troubled"])
+@pytest.mark.parametrize("width", [80, 120, 100_000])
+def test_table_fits_the_terminal(summary: Summary, width: int) -> None:
+    """No line is longer than the terminal, nor than one reads; rows of a table stay one line each."""
+    lines = shown(summary_table(summary, metadata=METADATA), width).splitlines()
+    assert len(lines) > 20
+    assert max(map(len, lines)) <= min(width, 100)
+    for heading in ("read", "write", "TTFT", "of tokens"):
+        rows = [line for line in lines if line.startswith(f"{heading} ")]
+        assert len(rows) == 1
+        assert not rows[0].endswith("…")
+
+
+def test_hosts_have_a_table_where_there_are_several() -> None:
+    """Each host's share stands in a table; a long name is folded, never cut."""
+    text = shown(summary_table(troubled(), metadata=METADATA))
+    assert "first done" in text
+    row = next(line for line in text.splitlines() if line.startswith("h1 "))
+    assert row.split() == ["h1", "1", "1.20", "0.250", "20.5", "s", "21.2", "s"]
+    assert "first done" not in shown(summary_table(summary_of(), metadata=METADATA))
+    wide = shown(summary_table(troubled(), metadata=METADATA), 120)
+    assert "a-host-with-a-name.cluster.example.org  " in wide
+
+
+def test_colour_marks_what_matters() -> None:
+    """A met target is green, a missed one and an error red; without colour no escape sequence is written."""
+    good = shown(summary_table(summary_of(), metadata=METADATA), color=True)
+    bad = shown(summary_table(troubled(), metadata=METADATA), 120, color=True)
+    assert "\x1b[32mMEETS" in good
+    assert "\x1b[1;31mMISSES" in bad
+    assert "\x1b[1;31mRUN FAILED" in bad
+    assert "\x1b[1;31m! verify errors: 1" in bad
+    assert "\x1b[33m! buffered files" in bad
+    assert "\x1b" not in shown(summary_table(troubled(), metadata=METADATA))
+
+
+def test_headline_is_read_speed_and_ttft() -> None:
+    """The headline fits a column of the history."""
+    assert headline(summary_of()) == "1.20 GiB/s read, TTFT p95 84.0 ms"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "n/a"),
+        (0.0, "0"),
+        (0.001234, "0.00123"),
+        (0.01999, "0.0200"),
+        (0.5, "0.500"),
+        (1.234, "1.23"),
+        (12.34, "12.3"),
+        (123.4, "123"),
+        (1234567.8, "1,234,568"),
+    ],
+)
+def test_numbers_have_three_significant_digits(value: float | None, text: str) -> None:
+    """Histograms are good for three digits; whole numbers keep all of theirs."""
+    assert significant(value) == text
+
+
+def test_units_of_bytes_ratios_and_times() -> None:
+    """Binary units by powers of 1,024; ratios as percentages; run times as one reads them."""
+    assert [bytes_text(value) for value in (None, 0, 1, 1023, 1024, 3 << 29, 5 << 50, 1 << 70)] == [
+        "n/a",
+        "0 B",
+        "1.00 B",
+        "1,023 B",
+        "1.00 KiB",
+        "1.50 GiB",
+        "5.00 PiB",
+        "1,048,576 PiB",
+    ]
+    assert [percent_text(part) for part in (None, 0.0, 0.4567, 1.0)] == ["n/a", "0.0 %", "45.7 %", "100.0 %"]
+    assert [seconds_text(value_s) for value_s in (None, 0.04, 59.4, 59.9, 61, 3599.6, 7384)] == [
+        "n/a",
+        "0.0 s",
+        "59.4 s",
+        "1 m 00 s",
+        "1 m 01 s",
+        "1 h 00 m",
+        "2 h 03 m",
+    ]
+
+
+def test_text_of_others_moves_no_cursor() -> None:
+    """Control characters, line ends and broken text become blanks; markup is shown as it stands."""
+    assert plain("a\x1b[2Jb\nc\udcff\u200bd") == "a [2Jb c  d"
+    text = shown(summary_table(summary_of(error="[red]x[/] [/nothing]"), metadata={"model": "[bold]m"}))
+    assert "[red]x[/] [/nothing]" in text
+    assert "[bold]m, n/a users" in text
+
+
+# History
+
+
+def run_entry(number: int = 0, **changes: object) -> RunEntry:
+    """A run of our own."""
+    metadata = {
+        "error": "rank 1: disk full",
+        "args": ["kvcache", "run", "--label", "a=b c"],
+        "cwd": "/work/here",
+        "executed_command": "mpirun -n 2 python -m mpi4py",
+        "num_users": 100,
+        "parameters": {"num_users": 100, "trace": None, "tiers": {"gpu_mem_gb": 16.0}},
+        "parameter_sources": {"num_users": "flag", "trace": "default", "tiers": {"gpu_mem_gb": "file"}},
+        "cluster_information": {"hosts": [{"host": "h1", "cpu": {"logical_cores": 8}}, {"host": "h2"}]},
+        "software": {"mlpstorage": "0.1.0", "python": "3.11.7", "mpi": None},
+    }
+    values: dict[str, object] = {
+        "run_id": f"20261123_09300{number}-0a1b2c",
+        "run_datetime": f"20261123_09300{number}",
+        "benchmark_type": "kv_cache",
+        "model": "llama3.1-70b-instruct",
+        "command": "run",
+        "ranks": 16,
+        "hosts": tuple(f"host{host}" for host in range(8)),
+        "status": "failed",
+        "exit_code": 6,
+        "runtime_s": 87.2,
+        "headline": "1.92 GiB/s read, TTFT p95 84.0 ms",
+        "result_dir": f"/mnt/results/kv_cache/llama3.1-70b-instruct/run/20261123_09300{number}",
+        "labels": {"disk": "nvme0"},
+        "metadata_path": Path("/mnt/results/x_metadata.json"),
+        "metadata": metadata,
+    }
+    return RunEntry(**(values | changes))  # type: ignore[arg-type]
+
+
+BARE = run_entry(
+    1,
+    benchmark_type="training",
+    model=None,
+    ranks=1,
+    hosts=(),
+    status="unknown",
+    exit_code=None,
+    runtime_s=None,
+    headline=None,
+    result_dir=None,
+    labels={},
+    metadata={},
+)
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_history_fits_the_terminal(width: int) -> None:
+    """Ids and result directories are whole at any width, and no line is longer than the terminal."""
+    entries = [run_entry(), BARE]
+    text = shown(history_table(entries), width)
+    assert max(map(len, text.splitlines())) <= width
+    unfolded = "".join(text.split())
+    for entry in entries:
+        assert entry.run_id in text
+    assert "1.92GiB/sread,TTFTp9584.0ms" in unfolded
+    if width < 200:
+        assert "/mnt/results/kv_cache/llama3.1-70b-instruct/run/20261123_093000" in text
+    assert text.index(entries[0].run_id) < text.index(entries[1].run_id)
+
+
+def test_wide_history_is_a_table() -> None:
+    """At 200 columns each run has a row under the headings; of many hosts the first are named."""
+    lines = shown(history_table([run_entry(), BARE]), 200).splitlines()
+    assert lines[0].split("  ")[0] == "id"
+    for heading in ("when", "benchmark", "model", "command", "ranks", "hosts", "status", "run time", "result dir"):
+        assert heading in lines[0]
+    row = next(line for line in lines if line.startswith("20261123_093000-0a1b2c"))
+    assert "2026-11-23 09:30:00" in row
+    assert "host0,host1 +6" in row
+    assert row.split("1 m 27 s")[0].rstrip().endswith("failed")
+
+
+def test_piped_history_is_neither_cut_nor_folded(tmp_path: Path) -> None:
+    """Where the output is a file, a run is one line with everything, however long, and no escape sequence."""
+    entries = [run_entry(result_dir="/mnt/" + "d" * 3_000, hosts=tuple(f"node{n:04}" for n in range(500))), BARE]
+    with (tmp_path / "out").open("w+", encoding="utf-8") as stream:
+        console_for(stream).print(history_table(entries))
+        stream.seek(0)
+        lines = stream.read().splitlines()
+    assert len(lines) == 2 + len(entries)
+    assert "/mnt/" + "d" * 3_000 in lines[2]
+    assert "node0000,node0001," in lines[2]
+    assert "node0499 " in lines[2]
+    assert lines[3].split() == [
+        "20261123_093001-0a1b2c",
+        "2026-11-23",
+        "09:30:01",
+        "training",
+        "-",
+        "run",
+        "1",
+        "-",
+        "unknown",
+        "-",
+        "-",
+        "-",
+    ]
+    assert "\x1b" not in "".join(lines)
+
+
+def test_status_is_coloured() -> None:
+    """Complete is green, failed red, interrupted yellow, in both forms of the list."""
+    entries = [run_entry(number, status=status) for number, status in enumerate(("complete", "failed", "interrupted"))]
+    for width in (80, 250):
+        text = shown(history_table(entries), width, color=True)
+        assert "\x1b[32mcomplete" in text
+        assert "\x1b[1;31mfailed" in text
+        assert "\x1b[33minterrupted" in text
+
+
+def test_history_without_runs_says_so() -> None:
+    """An empty list is told in words."""
+    assert shown(history_table([])) == "no runs\n"
+
+
+def test_history_shows_texts_of_others_as_they_stand() -> None:
+    """Names from foreign files are no markup and no terminal commands."""
+    entry = run_entry(model="[red]\x1b[2J", headline="[/x]", run_datetime="2026-11-23T09:30:00", hosts=("[b]",))
+    for width in (80, 300):
+        text = shown(history_table([entry]), width)
+        assert "[red] [2J" in text
+        assert "[/x]" in text
+        assert "[b]" in text
+        assert "2026-11-23T09:30:00" in text
+        assert "\x1b" not in text
+
+
+def test_details_tell_the_whole_run() -> None:
+    """Status, error, place, arguments with their quotes, parameters with their sources, cluster and software."""
+    text = shown(run_details(run_entry(), None), 120)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["Run", "20261123_093000-0a1b2c", "failed,", "exit", "code", "6"] in lines
+    assert ["num_users", "100", "flag"] in lines
+    assert ["trace", "-", "default"] in lines
+    assert ["tiers.gpu_mem_gb", "16.0", "file"] in lines
+    assert ["hosts[0].cpu.logical_cores", "8"] in lines
+    for part in (
+        "rank 1: disk full",
+        "kvcache run --label 'a=b c'",
+        "/work/here",
+        "mpirun -n 2 python -m mpi4py",
+        "disk=nvme0",
+        "mlpstorage 0.1.0, python 3.11.7",
+        "16 on host0, host1",
+    ):
+        assert part in text
+
+
+def test_details_end_with_the_summary_of_the_run() -> None:
+    """A summary of a KV-cache run is shown as at its end; read from JSON, as `history show` has it."""
+    document = json.loads(summary_of().model_dump_json())
+    text = shown(run_details(run_entry(), document))
+    # The model's name stands in the metadata, which this entry does not have.
+    assert shown(summary_table(summary_of(), metadata=run_entry().metadata)) in text
+    assert "Time to first token (TTFT) p95 is 84.0 ms" in flat(text)
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        {"epochs": 5, "samples_per_second": {"mean": 12.5, "all": [1.5, 2.5]}},
+        {**json.loads(summary_of().model_dump_json()), "latency": {}, "epochs": 5, "mean": 12.5},
+    ],
+    ids=["another benchmark", "another version"],
+)
+def test_details_show_summaries_of_others(summary: dict[str, object]) -> None:
+    """Numbers of another benchmark or version are listed by name."""
+    lines = [line.split() for line in shown(run_details(BARE, summary), 120).splitlines()]
+    assert ["epochs", "5"] in lines
+    assert any(line[-1:] == ["12.5"] for line in lines)
+
+
+def test_summary_without_a_latency_is_listed_instead() -> None:
+    """A valid summary that lacks a latency which the table shows does not break `history show`."""
+    document = json.loads(summary_of().model_dump_json())
+    del document["latency"]["ttft"]
+    text = shown(run_details(run_entry(), document), 120)
+    assert "storage.read_bytes" in text
+
+
+def test_details_of_a_run_that_recorded_little() -> None:
+    """Where nothing but the six keys is there, nothing is invented and no empty heading shown."""
+    text = shown(run_details(BARE, None))
+    assert text.split()[0] == "Run"
+    for absent in ("Parameter", "Cluster", "Software", "Arguments", "Error", "None"):
+        assert absent not in text
+
+
+def test_details_fit_the_terminal() -> None:
+    """Long commands and facts are folded."""
+    facts = {"hosts": [{"mount": "/a" * 100, "number": number} for number in range(100)]}
+    entry = run_entry(metadata={"cluster_information": facts, "executed_command": "x" * 300})
+    lines = shown(run_details(entry, None)).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].startswith("... and 140 more")
+
+
+@pytest.mark.parametrize("module", ["mlpstorage.history", "mlpstorage.cli.history_args", "mlpstorage.results.merge"])
+def test_rich_is_loaded_by_reports_alone(module: str) -> None:
+    """Only the report modules pay for rich."""
+    code = f"import sys, {module}; print('rich' in sys.modules, {module!r} in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
