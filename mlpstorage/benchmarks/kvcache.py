@@ -236,7 +236,9 @@ class KVCacheBenchmark(Benchmark):
             )
         finally:
             job.close()
-        self._clear_leftovers()
+        if job.refusal is None:
+            self._clear_leftovers()
+        self._remove_own_cache_dir()
         if job.ranks:
             self._write_results(job.ranks)
         _judge(outcome, job, self._summary)
@@ -254,6 +256,9 @@ class KVCacheBenchmark(Benchmark):
                 self.logger.warning("cache files of this run are left in %s, a process still holds it", place)
             elif cleared.files:
                 self.logger.warning("removed %d cache files that rank %d had left in %s", cleared.files, rank, place)
+
+    def _remove_own_cache_dir(self) -> None:
+        """Remove the cache directory below the result directory, which the ranks have left empty."""
         if self._spec.cache_dir is None and self._layout.ranks_here and self.cache_dir.is_dir():
             try:
                 self.cache_dir.rmdir()

@@ -295,7 +295,7 @@ class Engine:
         new = {block_id for block_id in computed if block_id not in self._storage}
         self._recorder.deduplicated(self._clock.now_ns(), len(computed) - len(new))
         taken = admit(self._storage, [block_id for block_id in recent if block_id in self._storage or block_id in new])
-        self._recorder.dropped(self._clock.now_ns(), len(taken.refused))
+        self._dropped(len(taken.refused))
         cleared = self._delete(taken.evicted)
         new.intersection_update(taken.admitted)
         await self._write_behind([block_id for block_id in computed if block_id in new], cleared)
@@ -353,11 +353,7 @@ class Engine:
             waits = {self._deleting[block_id] for block_id in batch if block_id in self._deleting}
             if cleared is not None:
                 waits.add(cleared)
-            try:
-                await self._gate.enter(len(batch))
-            except asyncio.CancelledError:
-                self._recorder.dropped(self._clock.now_ns(), len(block_ids) - begin)
-                raise
+            await self._gate.enter(len(batch))
             self._spawn(self._write(batch, waits, queued_ns))
 
     async def _write(self, block_ids: Sequence[int], waits: set[asyncio.Task[None]], queued_ns: int) -> None:
@@ -366,12 +362,17 @@ class Engine:
         finished = await self._run([(Op(OpKind.WRITE, block_id),) for block_id in block_ids])
         self._gate.leave(len(block_ids))
         written = [done.op.block_id for done in finished if done.error is None]
-        self._recorder.dropped(self._clock.now_ns(), len(block_ids) - len(written))
+        self._dropped(len(block_ids) - len(written))
         for block_id in block_ids:
             self._storage.unpin(block_id)
         self._stored.update(written)
         self._recorder.written_behind(queued_ns, finished)
         self._succeeded(finished)
+
+    def _dropped(self, blocks: int) -> None:
+        """Count blocks that will not be stored; those that the end of the run cut off were in flight, not dropped."""
+        if blocks and not self._stopping:
+            self._recorder.dropped(self._clock.now_ns(), blocks)
 
     async def _run(self, chains: Sequence[Sequence[Op]]) -> list[OpDone]:
         """Do operations behind a request; none once the engine stops."""

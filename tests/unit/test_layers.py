@@ -183,7 +183,7 @@ import mlpstorage_other
         ("history", "results.load", True),
         ("results.load", "history", False),
         ("cluster.facts", "__version__", True),
-        ("main", "benchmarks.kvcache", True),
+        ("commands", "benchmarks.kvcache", True),
         ("benchmarks.kvcache", "main", False),
         ("main", "nowhere.yet", False),
     ],

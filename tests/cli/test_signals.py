@@ -1,0 +1,109 @@
+"""Ends that a run did not plan: Ctrl-C, SIGTERM, and processes that are killed without a word."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+if TYPE_CHECKING:
+    import subprocess
+
+    from tests.cli.conftest import Cli
+
+LONG = ("--duration", "60", "--warmup", "0.1")
+
+
+def started(cli: Cli) -> subprocess.Popen[str]:
+    """A long run that has written and measured for a while, beside a file that is not its own."""
+    cli.cache.mkdir()
+    (cli.cache / "precious.txt").write_text("not the run's\n")
+    process = cli.start(*cli.load(*LONG, "--cache-dir", cli.cache))
+
+    def measured() -> bool:
+        assert process.poll() is None, process.communicate()
+        return any((run.directory / "timeseries.jsonl").is_file() and run.series for run in cli.runs())
+
+    cli.eventually(measured, "a line of the time series")
+    assert cli.objects()
+    return process
+
+
+def rank_of(process: subprocess.Popen[str]) -> psutil.Process:
+    """The run's one worker."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    (rank,) = [child for child in children if "mlpstorage.kvcache.rank" in child.cmdline()]
+    return rank
+
+
+def only_the_foreign_file_is_left(cli: Cli) -> bool:
+    """Whether the run's cache files are gone and the file that was there before is not."""
+    return [path.name for path in cli.cache.rglob("*")] == ["precious.txt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_ends_orderly(cli: Cli, number: signal.Signals) -> None:
+    """Ctrl-C or SIGTERM: 130 at once, status `interrupted`, the partial numbers kept, the cache files removed."""
+    process = started(cli)
+    before_s = time.monotonic()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    # The issue says within 5 seconds; what is above allows for a machine that is busy with other tests.
+    assert time.monotonic() - before_s < 8
+    assert process.returncode == 130, stderr
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    run = cli.only_run()
+    assert (run.metadata["status"], run.metadata["exit_code"]) == ("interrupted", 130)
+    assert run.summary["status"] == "interrupted"
+    assert run.summary["requests"]["completed"] > 0
+    assert 0 < run.summary["window"]["measured_s"] < 60
+    assert run.series
+    assert only_the_foreign_file_is_left(cli)
+
+
+def test_killed_command_leaves_neither_worker_nor_files(cli: Cli) -> None:
+    """SIGKILL of the command: its worker ends too and removes the cache files; history does not call it running."""
+    process = started(cli)
+    rank = rank_of(process)
+    process.kill()
+    process.wait(timeout=60)
+    cli.eventually(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE, "the worker's end")
+    assert only_the_foreign_file_is_left(cli)
+    (shown,) = cli.history()
+    assert shown["status"] in {"interrupted", "failed"}
+    assert cli.only_run().series, "what was measured until then is kept"
+
+
+def test_killed_worker_fails_the_run(cli: Cli) -> None:
+    """SIGKILL of the worker: exit 6, status `failed`, the launcher removes the cache files, the time series stays."""
+    process = started(cli)
+    rank_of(process).kill()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 6, stderr
+    assert "signal 9" in stderr
+    run = cli.only_run()
+    assert (run.metadata["status"], run.metadata["exit_code"]) == ("failed", 6)
+    assert "signal 9" in run.metadata["error"]
+    assert run.series
+    assert only_the_foreign_file_is_left(cli)
+
+
+def test_leftovers_of_a_dead_run_are_cleared_by_the_next(cli: Cli) -> None:
+    """When command and worker are killed at once the files stay; the next run on the directory says so and clears."""
+    process = started(cli)
+    rank = rank_of(process)
+    # The command first stands still, so that it cannot clear what its dead worker leaves.
+    process.send_signal(signal.SIGSTOP)
+    rank.kill()
+    process.kill()
+    process.wait(timeout=60)
+    cli.eventually(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE, "the worker's end")
+    assert cli.objects(), "nobody was left to remove them"
+    ended = cli.run(*cli.load("--duration", "0.5", "--cache-dir", cli.cache))
+    assert ended.returncode == 0, ended.stderr
+    assert "dead run" in ended.stderr
+    assert only_the_foreign_file_is_left(cli)
