@@ -123,7 +123,11 @@ class Benchmark(ABC):
             "cwd": os.getcwd(),  # noqa: PTH109 - a string for JSON
             "process": this_process(),
             "cluster_information": self.cluster_information,
-            "software": {"mlpstorage": __version__, "python": platform.python_version(), "mpi": None},
+            "software": {
+                "mlpstorage": __version__,
+                "python": platform.python_version(),
+                "mpi": self._mpi_version(),
+            },
         }
         if self._status is not None:
             document["status"] = self._status.value
@@ -182,6 +186,10 @@ class Benchmark(ABC):
     @abstractmethod
     def _collect_cluster_information(self) -> dict[str, object] | None:
         """Facts of the hosts. Contacts none."""
+
+    def _mpi_version(self) -> str | None:
+        """Version of the MPI that starts the ranks; None where none does."""
+        return None
 
     @abstractmethod
     def _check(self) -> None:

@@ -26,7 +26,7 @@ from mlpstorage.errors import (
 from mlpstorage.kvcache.events import Event, Finished, Progress, Refused, Warned, parse_event
 from mlpstorage.kvcache.rank import build_workload
 from mlpstorage.launch.command import rank_command, shown
-from mlpstorage.launch.mpi import find_mpi, mpi_environment
+from mlpstorage.launch.mpi import find_mpi, mpi_environment, mpi_version
 from mlpstorage.launch.process import JobOutcome, run_job
 from mlpstorage.plan.datasize import data_sizes
 from mlpstorage.plan.kvcache import (
@@ -92,6 +92,7 @@ class KVCacheBenchmark(Benchmark):
         self._words = words_of(args)
         self._layout = layout(self._spec, is_local)
         self._summary: Summary | None = None
+        self._mpi: str | None = None
 
     @property
     def model(self) -> str:
@@ -186,9 +187,12 @@ class KVCacheBenchmark(Benchmark):
             return self._cluster_collector()
         return cluster_information([host_facts(self.cache_dir)]) if self._layout.ranks_here else None
 
+    def _mpi_version(self) -> str | None:
+        return self._mpi
+
     def _check(self) -> None:
         if self._layout.uses_mpi:
-            find_mpi(self._spec.mpi_bin)
+            self._mpi = mpi_version(find_mpi(self._spec.mpi_bin))
         if self._spec.kvcache_bin_path is not None and not os.access(self._spec.kvcache_bin_path, os.X_OK):
             raise MissingFileError(f"--kvcache-bin-path: {self._spec.kvcache_bin_path} is no program that can be run")
         block_tokens = self._spec.block_tokens
@@ -228,6 +232,8 @@ class KVCacheBenchmark(Benchmark):
             self.logger,
         )
         try:
+            self.logger.info("results go to %s", self.result_dir)
+            self.logger.info("starting %s", self._build_kvcache_command(self.run_id))
             outcome = run_job(
                 self._command(self.run_id),
                 environment=mpi_environment(),

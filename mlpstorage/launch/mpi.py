@@ -7,6 +7,7 @@ import ipaddress
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,6 +116,16 @@ def split_mpi_params(values: Sequence[Sequence[str]] | None) -> list[str]:
         except ValueError as error:
             raise UsageError(f"--mpi-params {value!r}: {error}; close the quotation") from error
     return words
+
+
+def mpi_version(launcher: str) -> str | None:
+    """First line of what the launcher at this path says of its version; None where it says nothing."""
+    try:
+        told = subprocess.run([launcher, "--version"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = told.stdout.strip().splitlines()
+    return lines[0] if lines else None
 
 
 def mpi_environment() -> dict[str, str]:

@@ -290,6 +290,12 @@ def _attention(summary: Summary, metadata: Mapping[str, object]) -> Iterator[Tex
     ):
         if count:
             yield _note(style, f"{name}: {count:,} ({meaning})")
+    if summary.requests.completed and not storage.read_ops:
+        yield _note(
+            _WARN,
+            "nothing was read from storage inside the window: the faster tiers held all that was found; "
+            "run longer, or lower --gpu-mem-gb and --cpu-mem-gb",
+        )
     if summary.client.bottleneck:
         yield _note(
             _WARN,
