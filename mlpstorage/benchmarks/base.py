@@ -144,11 +144,11 @@ class Benchmark(ABC):
         if self.what_if:
             return self._show_plan()
         start_s = time.monotonic()
+        check_results_dir(self.results_dir)
         try:
             self._check()
             if self._validator is not None:
                 self._validator(self.metadata)
-            check_results_dir(self.results_dir)
         except MLPStorageError as error:
             self._result_dir = None
             self._end(RunStatus.FAILED, error, start_s)
@@ -159,7 +159,7 @@ class Benchmark(ABC):
         self._write_metadata()
         try:
             self._perform()
-        except BaseException as error:
+        except BaseException as error:  # whatever ends the run, its metadata must say so
             interrupted = isinstance(error, (InterruptedRunError, KeyboardInterrupt))
             self._end(RunStatus.INTERRUPTED if interrupted else RunStatus.FAILED, error, start_s)
             self._write_metadata()

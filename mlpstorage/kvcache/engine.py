@@ -69,10 +69,11 @@ class Admission:
 def admit(tier: LruSet, block_ids: Iterable[int]) -> Admission:
     """Touch or insert each id in turn and return the net effect.
 
-    An id that is inserted and evicted again for a later one counts as refused: nothing was moved for it yet.
+    An id that is inserted and evicted again for a later one counts as refused: nothing was moved for it yet. One that
+    is evicted and inserted again has stayed.
     """
     fresh: dict[int, None] = {}
-    evicted: list[int] = []
+    evicted: dict[int, None] = {}
     refused: list[int] = []
     for block_id in block_ids:
         held = block_id in tier
@@ -80,15 +81,17 @@ def admit(tier: LruSet, block_ids: Iterable[int]) -> Admission:
         if victims is None:
             refused.append(block_id)
             continue
-        if not held:
+        if block_id in evicted:
+            del evicted[block_id]
+        elif not held:
             fresh[block_id] = None
         for victim in victims:
             if victim in fresh:
                 del fresh[victim]
                 refused.append(victim)
             else:
-                evicted.append(victim)
-    return Admission(list(fresh), evicted, refused)
+                evicted[victim] = None
+    return Admission(list(fresh), list(evicted), refused)
 
 
 class WriteGate:

@@ -147,8 +147,9 @@ def test_page_of_another_object_is_found(payload: Payload) -> None:
 def test_verify_error_crosses_processes() -> None:
     """The error is one of the tool's, ends the run with code 6, and survives pickling."""
     error = VerifyError("ab", 3, (1, 3), (2, 4))
-    copy = pickle.loads(pickle.dumps(error))
-    assert isinstance(copy, MLPStorageError)
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own data
+    assert isinstance(error, MLPStorageError)
+    assert isinstance(copy, VerifyError)
     assert copy.exit_code == 6
     assert str(copy) == str(error)
     assert (copy.page, copy.expected, copy.found) == (3, (1, 3), (2, 4))

@@ -1,0 +1,327 @@
+"""Virtual time and modelled I/O: the engine, whole, without waiting and without a disk.
+
+`run_virtual` runs a coroutine on an event loop whose time jumps to the next timer as soon as nothing else is ready, so
+that hours take no time and every moment is exact to the nanosecond. `ModelledIO` does the engine's operations in
+memory, takes a given time for each, and refuses loudly what a store could not do.
+"""
+
+import asyncio
+import selectors
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from mlpstorage.measure.clock import NS
+from mlpstorage.storage.ops import Lane, Op, OpDone, OpKind
+from mlpstorage.storage.pool import OperationSkippedError
+
+T = TypeVar("T")
+
+TIME_LIMIT_S = 1_000_000
+"""Virtual seconds after which a run is given up; floats of loop time are exact to a nanosecond far beyond that."""
+
+
+class VirtualTimeError(Exception):
+    """Time cannot go on: nothing is left that could wake a task, or the limit is reached."""
+
+
+class _JumpingSelector(selectors.SelectSelector):
+    """Reports I/O that is ready; where there is none, moves the time on in the place of waiting."""
+
+    def __init__(self, pass_time: Callable[[float], None]) -> None:
+        super().__init__()
+        self._pass_time = pass_time
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready and timeout != 0:
+            if timeout is None:
+                raise VirtualTimeError("every task waits for something that nothing is left to bring about")
+            self._pass_time(timeout)
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop on virtual time, which begins at 0 and jumps to the next timer when nothing is ready.
+
+    A loop on which every task waits and no timer is set raises `VirtualTimeError`, in the place of waiting for ever.
+    Work in other threads is not waited for.
+
+    Args:
+        limit_s: Virtual seconds after which `VirtualTimeError` is raised.
+    """
+
+    def __init__(self, limit_s: float = TIME_LIMIT_S) -> None:
+        self._virtual_ns = 0
+        self._limit_ns = round(limit_s * NS)
+        super().__init__(_JumpingSelector(self._pass_time))
+        # asyncio runs timers that are due within this; its own nanosecond would let one that is due a nanosecond
+        # later run now.
+        self._clock_resolution = 0.5 / NS
+
+    def time(self) -> float:
+        """Virtual seconds since the loop was made."""
+        return self._virtual_ns / NS
+
+    def now_ns(self) -> int:
+        """Virtual nanoseconds since the loop was made."""
+        return self._virtual_ns
+
+    def jump(self, time_ns: int) -> None:
+        """Let time pass at once, in the middle of whatever runs: a loop that is held up."""
+        self._virtual_ns += time_ns
+
+    def _pass_time(self, time_s: float) -> None:
+        self._virtual_ns = round((self.time() + time_s) * NS)
+        if self._virtual_ns > self._limit_ns:
+            raise VirtualTimeError(f"virtual time passed its limit of {self._limit_ns / NS:g} s")
+
+
+class VirtualClock:
+    """The `measure.clock.Clock` of the virtual loop that runs."""
+
+    def now_ns(self) -> int:
+        """Virtual nanoseconds since the loop was made."""
+        return _virtual_loop().now_ns()
+
+    async def sleep_until(self, when_ns: int) -> None:
+        """Return at `when_ns`, or after one turn of the event loop where that is past."""
+        await asyncio.sleep(max(when_ns - self.now_ns(), 0) / NS)
+
+
+def _virtual_loop() -> VirtualLoop:
+    loop = asyncio.get_running_loop()
+    if not isinstance(loop, VirtualLoop):
+        raise VirtualTimeError("the running event loop is not a VirtualLoop: use run_virtual")
+    return loop
+
+
+def run_virtual(coroutine: Coroutine[Any, Any, T], *, limit_s: float = TIME_LIMIT_S) -> T:
+    """Run a coroutine to its end on a new virtual loop that begins at time 0; tasks that are left are cancelled.
+
+    Raises:
+        VirtualTimeError: It would wait for ever, or longer than `limit_s` virtual seconds.
+    """
+    with asyncio.Runner(loop_factory=lambda: VirtualLoop(limit_s)) as runner:
+        return runner.run(coroutine)
+
+
+class ModelError(Exception):
+    """An operation that no store could do, or that a correct engine never asks for."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Chains that were handed over together and are reported together."""
+
+    done: list[list[OpDone]]
+    remaining: int
+    queued_ns: int
+    finished: asyncio.Future[list[OpDone]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    batch: _Batch
+    number: int
+    chain: Sequence[Op]
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelledIO:
+    """An in-memory `play.DrainableIO` on virtual time, with the lanes and the batches of `storage.pool.IoPool`.
+
+    Reading or deleting an object that is not there, writing one that is there, copying out of a slot that holds another
+    object, and two operations at once on one object or slot of which one changes it, give a `ModelError` in the
+    `OpDone`, as a verified store would; such errors are also kept in `misuses`.
+
+    Attributes:
+        latency_ns: Time of each kind of operation; 0 where it is not named, None for one that never ends.
+        servers: Operations that run at once, like the threads of a pool; half of them, and at least one, take loads
+            first, the others stores. None for as many as are asked for.
+        failures: What the n-th operation of a kind that begins (from 1) fails with.
+        object_bytes: What a read says it verified.
+        on_operations: Called with every batch that is finished.
+        stored: Ids of the objects on storage.
+        slots: Id of the object in each arena slot that was copied to.
+        finished: Every operation that ended, skipped ones included, in the order in which they ended.
+        misuses: Errors that only a wrong engine causes.
+        most_stored: High-water mark of objects on storage; one that is being written or deleted takes room.
+        most_running: High-water mark of operations that ran at once.
+    """
+
+    latency_ns: Mapping[OpKind, int | None] = field(default_factory=dict)
+    servers: int | None = None
+    failures: Mapping[tuple[OpKind, int], Exception] = field(default_factory=dict)
+    object_bytes: int = 1
+    on_operations: Callable[[list[OpDone]], None] | None = None
+    stored: set[int] = field(default_factory=set)
+    slots: dict[int, int] = field(default_factory=dict)
+    finished: list[OpDone] = field(default_factory=list)
+    misuses: list[ModelError] = field(default_factory=list)
+    most_stored: int = 0
+    most_running: int = 0
+    _begun: Counter[OpKind] = field(default_factory=Counter)
+    _queues: tuple[deque[_Item], deque[_Item]] = field(default_factory=lambda: (deque(), deque()))
+    _busy: list[bool] = field(default_factory=list)
+    _users: Counter[tuple[str, int, bool]] = field(default_factory=Counter)
+    _room: Counter[int] = field(default_factory=Counter)
+    _outstanding: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        """Make the servers; nothing runs yet."""
+        self._busy = [False] * (self.servers or 0)
+        self._idle.set()
+
+    async def run(self, chains: Sequence[Sequence[Op]], lane: Lane) -> list[OpDone]:
+        """Do a batch of operations; return when all are finished. A failed one ends its chain."""
+        loop = _virtual_loop()
+        items = chains or ((),)
+        batch = _Batch([[] for _ in items], len(items), loop.now_ns(), loop.create_future())
+        self._outstanding += 1
+        self._idle.clear()
+        self._queues[lane].extend(_Item(batch, number, chain) for number, chain in enumerate(items))
+        self._dispatch()
+        return await batch.finished
+
+    def cancel_queued(self) -> None:
+        """Finish every chain that has not begun; its operations are reported as skipped."""
+        items = [item for waiting in self._queues for item in waiting]
+        for waiting in self._queues:
+            waiting.clear()
+        for item in items:
+            self._chain_done(item, [self._skipped(op, item.batch.queued_ns, "cancelled") for op in item.chain])
+
+    async def idle(self) -> None:
+        """Return when no operation is queued or running."""
+        await self._idle.wait()
+
+    def done_of(self, kind: OpKind) -> list[OpDone]:
+        """Operations of a kind that succeeded, in the order in which they ended."""
+        return [done for done in self.finished if done.op.kind is kind and done.error is None]
+
+    def _dispatch(self) -> None:
+        """Give queued chains to servers that are free."""
+        if self.servers is None and any(self._queues):
+            self._busy += [False] * sum(map(len, self._queues))
+        loaders = (len(self._busy) + 1) // 2
+        for server, busy in enumerate(self._busy):
+            if busy:
+                continue
+            own = Lane.LOAD if server < loaders else Lane.STORE
+            queue = self._queues[own] or self._queues[1 - own]
+            if not queue:
+                continue
+            self._busy[server] = True
+            self.most_running = max(self.most_running, sum(self._busy))
+            self._begin(server, queue.popleft(), 0, [])
+
+    def _begin(self, server: int, item: _Item, place: int, done: list[OpDone]) -> None:
+        """Begin the chain's operation at `place`, or end the chain."""
+        if place == len(item.chain):
+            self._busy[server] = False
+            self._chain_done(item, done)
+            self._dispatch()
+            return
+        loop = _virtual_loop()
+        op, start_ns = item.chain[place], loop.now_ns()
+        self._begun[op.kind] += 1
+        error = self.failures.get((op.kind, self._begun[op.kind])) or self._enter(op)
+        latency_ns = self.latency_ns.get(op.kind, 0)
+        if latency_ns is not None:
+            loop.call_at((start_ns + latency_ns) / NS, self._end, server, item, place, done, start_ns, error)
+
+    def _end(  # noqa: PLR0917 - what call_at hands on
+        self, server: int, item: _Item, place: int, done: list[OpDone], start_ns: int, error: Exception | None
+    ) -> None:
+        op = item.chain[place]
+        if error is None:
+            self._leave(op)
+        stores = op.kind in {OpKind.READ, OpKind.WRITE}
+        one = OpDone(
+            op,
+            item.batch.queued_ns,
+            start_ns,
+            _virtual_loop().now_ns(),
+            True if stores and error is None else None,
+            self.object_bytes if op.kind is OpKind.READ and error is None else 0,
+            error,
+        )
+        self.finished.append(one)
+        done.append(one)
+        if error is not None:
+            rest = item.chain[place + 1 :]
+            done += [self._skipped(later, item.batch.queued_ns, "one before it failed") for later in rest]
+            place = len(item.chain) - 1
+        self._begin(server, item, place + 1, done)
+
+    def _enter(self, op: Op) -> ModelError | None:
+        """Check that an operation can be done, and take what it needs; None where it can."""
+        problem = self._problem(op)
+        if problem is not None:
+            error = ModelError(f"{op.kind.name} of {op.block_id}: {problem}")
+            self.misuses.append(error)
+            return error
+        self._users[self._claim(op)] += 1
+        if op.kind is OpKind.WRITE:
+            self._room[op.block_id] += 1
+            self.most_stored = max(self.most_stored, len(self.stored) + self._room.total())
+        elif op.kind is OpKind.COPY_IN:
+            self.slots.pop(op.slot, None)
+        return None
+
+    def _problem(self, op: Op) -> str | None:
+        place, key, changes = self._claim(op)
+        if self._users[place, key, True] or (changes and self._users[place, key, False]):
+            return "another operation works on it"
+        match op.kind:
+            case OpKind.READ | OpKind.DELETE if op.block_id not in self.stored:
+                return "it is not there"
+            case OpKind.WRITE if op.block_id in self.stored:
+                return "it is there already"
+            case OpKind.COPY_OUT if self.slots.get(op.slot) != op.block_id:
+                return f"slot {op.slot} holds {self.slots.get(op.slot)}"
+        return None
+
+    def _leave(self, op: Op) -> None:
+        """Give back what an operation needed and let its effect show."""
+        self._users[self._claim(op)] -= 1
+        match op.kind:
+            case OpKind.WRITE:
+                self._room[op.block_id] -= 1
+                self.stored.add(op.block_id)
+            case OpKind.DELETE:
+                self.stored.remove(op.block_id)
+            case OpKind.COPY_IN:
+                self.slots[op.slot] = op.block_id
+
+    @staticmethod
+    def _claim(op: Op) -> tuple[str, int, bool]:
+        """The object or slot that an operation works on, and whether it changes it."""
+        if op.kind in {OpKind.COPY_IN, OpKind.COPY_OUT}:
+            return "slot", op.slot, op.kind is OpKind.COPY_IN
+        return "object", op.block_id, op.kind is not OpKind.READ
+
+    def _skipped(self, op: Op, queued_ns: int, why: str) -> OpDone:
+        now_ns = _virtual_loop().now_ns()
+        error = OperationSkippedError(f"{op.kind.name} skipped: {why}")
+        one = OpDone(op, queued_ns, now_ns, now_ns, None, 0, error)
+        self.finished.append(one)
+        return one
+
+    def _chain_done(self, item: _Item, done: list[OpDone]) -> None:
+        batch = item.batch
+        batch.done[item.number] = done
+        batch.remaining -= 1
+        if batch.remaining:
+            return
+        operations = [one for chain in batch.done for one in chain]
+        if self.on_operations is not None:
+            self.on_operations(operations)
+        self._outstanding -= 1
+        if not self._outstanding:
+            self._idle.set()
+        if not batch.finished.cancelled():
+            batch.finished.set_result(operations)
