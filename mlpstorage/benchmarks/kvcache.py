@@ -25,8 +25,8 @@ from mlpstorage.errors import (
 )
 from mlpstorage.kvcache.events import Event, Finished, Progress, Refused, Warned, parse_event
 from mlpstorage.kvcache.rank import build_workload
-from mlpstorage.launch.command import rank_command, shown
-from mlpstorage.launch.mpi import find_mpi, mpi_environment, mpi_version
+from mlpstorage.launch.command import rank_command, rank_environment, shown
+from mlpstorage.launch.mpi import find_mpi, mpi_version
 from mlpstorage.launch.process import JobOutcome, run_job
 from mlpstorage.plan.datasize import data_sizes
 from mlpstorage.plan.kvcache import (
@@ -236,7 +236,7 @@ class KVCacheBenchmark(Benchmark):
             self.logger.info("starting %s", self._build_kvcache_command(self.run_id))
             outcome = run_job(
                 self._command(self.run_id),
-                environment=mpi_environment(),
+                environment=rank_environment(),
                 stderr_path=self.result_dir / LOGS_DIR / "ranks.stderr.log",
                 on_line=job.line,
             )

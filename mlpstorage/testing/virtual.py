@@ -233,7 +233,7 @@ class ModelledIO:
         if latency_ns is not None:
             loop.call_at((start_ns + latency_ns) / NS, self._end, server, item, place, done, start_ns, error)
 
-    def _end(  # noqa: PLR0917 - what call_at hands on
+    def _end(
         self, server: int, item: _Item, place: int, done: list[OpDone], start_ns: int, error: Exception | None
     ) -> None:
         op = item.chain[place]

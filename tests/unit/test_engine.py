@@ -1,0 +1,744 @@
+"""The engine on virtual time, with modelled I/O that refuses what a store could not do: every number worked by hand."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlpstorage.config import GenerationMode, Tier, TouchOrder
+from mlpstorage.kvcache.engine import Engine, EngineConfig, WriteGate
+from mlpstorage.kvcache.pacing import Pacing
+from mlpstorage.kvcache.recorder import Recorder
+from mlpstorage.kvcache.request import Request
+from mlpstorage.measure.clock import NS
+from mlpstorage.storage.arena import DramArena
+from mlpstorage.storage.ops import OpKind
+from mlpstorage.testing.virtual import ModelledIO, VirtualClock, run_virtual
+
+MS = NS // 1000
+BLOCK_TOKENS = 4
+OBJECT_BYTES = 4096
+
+# A prompt token takes 1 ms, an output token after the first 10 ms.
+PACING = Pacing(mode=GenerationMode.REALISTIC, prefill_tokens_per_s=1000.0, decode_tokens_per_s=100.0)
+INSTANT = replace(PACING, mode=GenerationMode.NONE)
+
+CONFIG = EngineConfig(
+    block_tokens=BLOCK_TOKENS,
+    object_bytes=OBJECT_BYTES,
+    gpu_blocks=0,
+    cpu_blocks=0,
+    storage_blocks=1000,
+    write_queue_blocks=1000,
+    touch=TouchOrder.TAIL,
+    prefix_caching=True,
+    pacing=INSTANT,
+)
+
+
+@dataclass(slots=True)
+class Bench:
+    """An engine with all that it needs, and what came of it."""
+
+    config: EngineConfig = CONFIG
+    io: ModelledIO = field(default_factory=ModelledIO)
+    failures: list[Exception] = field(default_factory=list)
+    arena: DramArena = field(init=False)
+    recorder: Recorder = field(init=False)
+    engine: Engine = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Put the parts together; every moment lies inside the measured window."""
+        self.arena = DramArena(self.config.cpu_blocks, 0)
+        self.recorder = Recorder(object_bytes=OBJECT_BYTES, stored_bytes=OBJECT_BYTES, window_ns=(0, 10**18))
+        self.io.on_operations = self.recorder.operations
+        self.engine = Engine(
+            self.config,
+            blocks=self.io,
+            arena=self.arena,
+            recorder=self.recorder,
+            clock=VirtualClock(),
+            on_failure=self.failures.append,
+        )
+
+    async def ask(self, *block_ids: int, output_tokens: int = 1, prompt_tokens: int | None = None) -> None:
+        """Serve a request that arrives now."""
+        tokens = len(block_ids) * BLOCK_TOKENS if prompt_tokens is None else prompt_tokens
+        await self.engine.serve(request(block_ids, tokens, output_tokens), now_ns())
+
+    async def ask_and_settle(self, *block_ids: int) -> int:
+        """Serve a request, let its writes end; returns how many blocks it found."""
+        before = self.hits
+        await self.ask(*block_ids)
+        await self.engine.settle()
+        return self.hits - before
+
+    @property
+    def hits(self) -> int:
+        """Blocks found by all requests."""
+        found = self.recorder.total_requests.hit_blocks
+        return found.gpu + found.cpu + found.storage
+
+    def ids(self, kind: OpKind) -> list[int]:
+        """Blocks of the operations of a kind that succeeded, in the order of their ends."""
+        return [done.op.block_id for done in self.io.done_of(kind)]
+
+
+def request(block_ids: Sequence[int], prompt_tokens: int, output_tokens: int = 1) -> Request:
+    """A request of an open loop."""
+    return Request(
+        arrival_s=0.0,
+        think_s=0.0,
+        user=0,
+        turn=0,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        block_ids=tuple(block_ids),
+    )
+
+
+def now_ns() -> int:
+    """The virtual time."""
+    return VirtualClock().now_ns()
+
+
+def sleep_ms(time_ms: float) -> Awaitable[None]:
+    """Let virtual time pass."""
+    return VirtualClock().sleep_until(now_ns() + round(time_ms * MS))
+
+
+# Look-up
+
+
+def test_a_leading_run_is_found_across_the_tiers_each_block_in_the_fastest() -> None:
+    """One block on the GPU, the next in DRAM, the third on storage: all three are one run, and only two are moved."""
+    bench = Bench(replace(CONFIG, gpu_blocks=1, cpu_blocks=1))
+
+    async def play() -> None:
+        assert await bench.ask_and_settle(1, 2, 3) == 0
+        assert await bench.ask_and_settle(1, 2, 3, 4) == 3
+
+    run_virtual(play())
+    found = bench.recorder.requests
+    assert (found.hit_blocks.gpu, found.hit_blocks.cpu, found.hit_blocks.storage) == (1, 1, 1)
+    assert (found.cached_tokens.gpu, found.cached_tokens.cpu, found.cached_tokens.storage) == (4, 4, 4)
+    assert bench.ids(OpKind.READ) == [3]
+    assert bench.ids(OpKind.COPY_OUT) == [2]
+    assert bench.ids(OpKind.WRITE) == [1, 2, 3, 4]
+    assert bench.io.misuses == []
+
+
+def test_a_resident_block_behind_a_missing_one_is_not_found() -> None:
+    """The run ends at the first block that no tier holds; the new head alone is written."""
+    bench = Bench()
+
+    async def play() -> None:
+        await bench.ask_and_settle(1, 2, 3)
+        assert await bench.ask_and_settle(9, 1, 2) == 0
+        assert await bench.ask_and_settle(1, 8, 3) == 1
+
+    run_virtual(play())
+    assert bench.ids(OpKind.READ) == [1]
+    assert sorted(bench.ids(OpKind.WRITE)) == [1, 2, 3, 8, 9]
+
+
+def test_without_prefix_caching_nothing_is_found_and_new_blocks_are_still_stored() -> None:
+    """Every prompt is computed whole; what storage holds already is not written again."""
+    bench = Bench(replace(CONFIG, prefix_caching=False, gpu_blocks=1, cpu_blocks=1))
+
+    async def play() -> None:
+        await bench.ask_and_settle(1, 2, 3)
+        assert await bench.ask_and_settle(1, 2, 3, 4) == 0
+
+    run_virtual(play())
+    assert bench.ids(OpKind.READ) == bench.ids(OpKind.COPY_OUT) == []
+    assert bench.ids(OpKind.WRITE) == [1, 2, 3, 4]
+    assert bench.recorder.window.dedup_skipped_bytes == 3 * OBJECT_BYTES
+    assert bench.recorder.requests.prompt_tokens == 28
+
+
+def test_a_block_is_found_only_once_it_is_stored() -> None:
+    """A block whose write is still running is not there for a look-up."""
+    bench = Bench(io=ModelledIO(latency_ns={OpKind.WRITE: 10 * MS}))
+
+    async def play() -> None:
+        await bench.ask(1)
+        await sleep_ms(9)
+        await bench.ask(1)
+        assert bench.hits == 0
+        await sleep_ms(2)
+        await bench.ask(1)
+        assert bench.hits == 1
+
+    run_virtual(play())
+    assert bench.ids(OpKind.WRITE) == [1]
+
+
+# Time
+
+
+def test_ttft_counts_from_the_intended_arrival_through_load_and_prefill() -> None:
+    """2 s late, 3 ms for the slower of two reads and a copy at once, 4 ms for the four tokens that are new."""
+    latency_ns = {OpKind.READ: 3 * MS, OpKind.COPY_OUT: 1 * MS}
+    bench = Bench(replace(CONFIG, cpu_blocks=1, pacing=PACING), ModelledIO(latency_ns=latency_ns))
+
+    async def play() -> None:
+        await bench.engine.serve(request((1, 2, 3), 12), now_ns())
+        await bench.engine.settle()
+        assert now_ns() == 12 * MS
+        await VirtualClock().sleep_until(7 * NS)
+        await bench.engine.serve(request((1, 2, 3, 4), 16), 5 * NS)
+        assert now_ns() == 7 * NS + 7 * MS
+
+    run_virtual(play())
+    ttft = bench.recorder.latency["ttft"]
+    assert (ttft.count, ttft.min_ns, ttft.max_ns) == (2, 12 * MS, 2 * NS + 7 * MS)
+    load = bench.recorder.latency["request_load"]
+    assert (load.count, load.sum_ns) == (1, 3 * MS)
+    assert bench.ids(OpKind.COPY_OUT) == [1]
+    # 12 loaded tokens would have taken 12 ms to compute, and took 3 ms to load.
+    assert bench.recorder.requests.ttft_saved_requests == 1
+    assert bench.recorder.requests.ttft_saved_ns == 9 * MS
+
+
+def test_a_full_hit_still_computes_one_token() -> None:
+    """The last token of a prompt is never cached: its prefill gives the first token of the answer."""
+    bench = Bench(replace(CONFIG, pacing=PACING), ModelledIO(latency_ns={OpKind.READ: 5 * MS}))
+
+    async def play() -> None:
+        await bench.ask_and_settle(1, 2)
+        await bench.ask(1, 2)
+
+    run_virtual(play())
+    assert bench.recorder.latency["ttft"].min_ns == 6 * MS
+    assert bench.recorder.requests.cached_tokens.storage == 7
+    assert bench.recorder.requests.hit_blocks.storage == 2
+
+
+def test_a_full_hit_with_a_partial_block_behind_it_computes_that_block_only() -> None:
+    """A prompt of ten tokens has two full blocks; where both are found, two tokens are computed."""
+    bench = Bench(replace(CONFIG, pacing=PACING), ModelledIO(latency_ns={OpKind.READ: 5 * MS}))
+
+    async def play() -> None:
+        await bench.ask_and_settle(1, 2)
+        await bench.ask(1, 2, prompt_tokens=10)
+
+    run_virtual(play())
+    assert bench.recorder.latency["ttft"].min_ns == 7 * MS
+    assert bench.recorder.requests.cached_tokens.storage == 8
+    assert bench.ids(OpKind.WRITE) == [1, 2]
+
+
+def test_decode_moves_nothing() -> None:
+    """Reads end before the first token, writes begin after the last: 10 x 10 ms lie between them."""
+    bench = Bench(replace(CONFIG, pacing=PACING), ModelledIO(latency_ns={OpKind.READ: 2 * MS, OpKind.WRITE: 1 * MS}))
+
+    async def play() -> int:
+        await bench.ask_and_settle(1)
+        start_ns = now_ns()
+        await bench.ask(1, 2, output_tokens=11)
+        assert now_ns() == start_ns + (2 + 4 + 100) * MS
+        await bench.engine.settle()
+        return start_ns
+
+    start_ns = run_virtual(play())
+    (read,) = bench.io.done_of(OpKind.READ)
+    write = bench.io.done_of(OpKind.WRITE)[-1]
+    assert (read.queued_ns, read.end_ns) == (start_ns, start_ns + 2 * MS)
+    assert (write.op.block_id, write.queued_ns) == (2, start_ns + 106 * MS)
+
+
+def test_a_request_without_a_full_block_moves_nothing() -> None:
+    """Three tokens of a block of four: computed, answered, never stored."""
+    bench = Bench(replace(CONFIG, pacing=PACING, gpu_blocks=1, cpu_blocks=1))
+    run_virtual(bench.ask(prompt_tokens=3))
+    assert bench.recorder.requests.completed == 1
+    assert bench.recorder.latency["ttft"].sum_ns == 3 * MS
+    assert bench.io.finished == []
+
+
+# Store
+
+
+def test_blocks_that_are_stored_or_on_their_way_are_not_written_again() -> None:
+    """Two requests with one prompt at once: each computes it, one write of each block, the other's are counted."""
+    bench = Bench(io=ModelledIO(latency_ns={OpKind.WRITE: 10 * MS}))
+
+    async def play() -> None:
+        await asyncio.gather(bench.ask(1, 2), bench.ask(1, 2, 3))
+        await bench.engine.settle()
+
+    run_virtual(play())
+    assert sorted(bench.ids(OpKind.WRITE)) == [1, 2, 3]
+    assert bench.recorder.window.dedup_skipped_bytes == 2 * OBJECT_BYTES
+    assert bench.recorder.window.writes_dropped == 0
+
+
+def test_a_full_write_queue_holds_the_store_step_back() -> None:
+    """Six blocks through a queue of two and one thread of 10 ms a write: the queue takes the last pair at 40 ms."""
+    bench = Bench(replace(CONFIG, write_queue_blocks=2), ModelledIO(servers=1, latency_ns={OpKind.WRITE: 10 * MS}))
+    depths: list[int] = []
+
+    async def watch() -> None:
+        while True:
+            depths.append(bench.engine.write_queue_blocks)
+            await sleep_ms(1)
+
+    async def play() -> None:
+        watching = asyncio.create_task(watch())
+        await bench.ask(1, 2, 3, 4, 5, 6)
+        assert now_ns() == 40 * MS
+        await bench.engine.settle()
+        assert now_ns() == 60 * MS
+        watching.cancel()
+
+    run_virtual(play())
+    assert max(depths) == 2
+    assert bench.ids(OpKind.WRITE) == [1, 2, 3, 4, 5, 6]
+    behind = bench.recorder.latency["write_behind"]
+    assert (behind.count, behind.min_ns, behind.max_ns) == (6, 10 * MS, 60 * MS)
+    assert bench.recorder.latency["queue_wait"].max_ns == 10 * MS
+
+
+def test_a_request_that_waits_for_the_write_queue_is_answered_already() -> None:
+    """Back-pressure comes after the answer: the request is no longer in flight, its latency is counted."""
+    bench = Bench(replace(CONFIG, write_queue_blocks=1), ModelledIO(servers=1, latency_ns={OpKind.WRITE: 10 * MS}))
+
+    async def play() -> None:
+        asking = asyncio.create_task(bench.ask(1, 2, 3))
+        await sleep_ms(5)
+        assert not asking.done()
+        assert bench.engine.in_flight == 0
+        assert bench.recorder.requests.completed == 1
+        await asking
+
+    run_virtual(play())
+
+
+@pytest.mark.parametrize(
+    ("touch", "kept", "found_again"), [(TouchOrder.TAIL, {1, 2, 3}, 3), (TouchOrder.HEAD, {3, 4, 5}, 0)]
+)
+def test_what_is_left_of_a_chain_longer_than_the_capacity(touch: TouchOrder, kept: set[int], found_again: int) -> None:
+    """Tail first keeps the head, which is found again; head first keeps the tail, which is useless."""
+    bench = Bench(replace(CONFIG, storage_blocks=3, touch=touch))
+
+    async def play() -> None:
+        await bench.ask_and_settle(1, 2, 3, 4, 5)
+        assert bench.io.stored == kept
+        assert bench.recorder.window.writes_dropped == 2
+        assert await bench.ask_and_settle(1, 2, 3, 4, 5) == found_again
+
+    run_virtual(play())
+    assert bench.io.most_stored == 3
+    assert bench.io.misuses == []
+
+
+def test_storage_makes_room_before_it_takes_more() -> None:
+    """On a full tier the deletes end before the writes that need their room begin."""
+    bench = Bench(
+        replace(CONFIG, storage_blocks=2), ModelledIO(latency_ns={OpKind.DELETE: 5 * MS, OpKind.WRITE: 7 * MS})
+    )
+
+    async def play() -> None:
+        await bench.ask_and_settle(1, 2)
+        await bench.ask_and_settle(3, 4)
+        assert now_ns() == (7 + 5 + 7) * MS
+
+    run_virtual(play())
+    assert bench.ids(OpKind.DELETE) == [2, 1]
+    assert {done.end_ns for done in bench.io.done_of(OpKind.DELETE)} == {12 * MS}
+    assert [done.start_ns for done in bench.io.done_of(OpKind.WRITE)][2:] == [12 * MS, 12 * MS]
+    assert bench.io.most_stored == 2
+    assert bench.io.stored == {3, 4}
+
+
+def test_a_block_that_is_stored_again_while_it_is_deleted_is_not_lost() -> None:
+    """The new write waits for the old delete of the same object."""
+    bench = Bench(replace(CONFIG, storage_blocks=3), ModelledIO(latency_ns={OpKind.DELETE: 50 * MS}))
+
+    async def play() -> None:
+        await bench.ask_and_settle(1, 2, 3)
+        await bench.ask(4)
+        await sleep_ms(10)
+        await bench.ask(3)
+        await bench.engine.settle()
+        assert await bench.ask_and_settle(3) == 1
+
+    run_virtual(play())
+    assert bench.ids(OpKind.DELETE) == [3, 2]
+    assert bench.io.stored == {1, 3, 4}
+    assert bench.io.misuses == []
+    assert bench.io.done_of(OpKind.WRITE)[-1].start_ns == 60 * MS
+
+
+def test_a_request_that_pushes_out_its_own_head_for_a_moment_keeps_it() -> None:
+    """Tail first, new blocks come before the touch of an old head: what goes and comes back in one step stays."""
+    bench = Bench(replace(CONFIG, storage_blocks=4))
+
+    async def play() -> None:
+        await bench.ask_and_settle(1, 2)
+        await bench.ask_and_settle(9)
+        assert await bench.ask_and_settle(1, 2, 3, 4) == 2
+        assert await bench.ask_and_settle(1, 2, 3, 4) == 4
+
+    run_virtual(play())
+    assert bench.ids(OpKind.DELETE) == [9]
+    assert bench.io.stored == {1, 2, 3, 4}
+    assert bench.io.misuses == []
+
+
+def test_blocks_that_are_being_read_are_not_evicted() -> None:
+    """While a hit is loaded from a full tier, another request's blocks find no room; the hit is read whole."""
+    bench = Bench(replace(CONFIG, storage_blocks=2), ModelledIO(latency_ns={OpKind.READ: 100 * MS}))
+
+    async def play() -> None:
+        await bench.ask_and_settle(1, 2)
+        loading = asyncio.create_task(bench.ask(1, 2))
+        await sleep_ms(50)
+        await bench.ask(3, 4)
+        assert bench.recorder.window.writes_dropped == 2
+        await loading
+        await bench.engine.settle()
+        assert await bench.ask_and_settle(3, 4) == 0
+
+    run_virtual(play())
+    assert bench.failures == bench.io.misuses == []
+    assert bench.ids(OpKind.READ) == [1, 2]
+    # Once nothing is read any more, the other blocks get their room.
+    assert bench.io.stored == {3, 4}
+
+
+# DRAM and GPU
+
+
+def test_what_leaves_the_gpu_tier_is_copied_to_dram_and_found_there() -> None:
+    """Two blocks are pushed out by two others; a later hit copies them out of DRAM and reads nothing."""
+    bench = Bench(replace(CONFIG, gpu_blocks=2, cpu_blocks=2))
+
+    async def play() -> None:
+        await bench.ask_and_settle(1, 2)
+        assert bench.ids(OpKind.COPY_IN) == []
+        await bench.ask_and_settle(3, 4)
+        assert bench.ids(OpKind.COPY_IN) == [2, 1]
+        assert bench.engine.cpu_blocks == 2
+        await bench.ask_and_settle(1, 2, 5)
+
+    run_virtual(play())
+    assert bench.recorder.requests.hit_blocks.cpu == 2
+    assert bench.ids(OpKind.COPY_OUT) == [1, 2]
+    assert bench.ids(OpKind.READ) == []
+    assert bench.io.misuses == []
+
+
+def test_a_block_on_its_way_to_dram_is_read_from_storage() -> None:
+    """DRAM holds a block once its copy is complete, not before."""
+    bench = Bench(replace(CONFIG, cpu_blocks=1), ModelledIO(latency_ns={OpKind.COPY_IN: 10 * MS}))
+
+    async def play() -> None:
+        await bench.ask(1)
+        await sleep_ms(5)
+        assert bench.engine.cpu_blocks == 0
+        await bench.ask(1)
+        await sleep_ms(10)
+        await bench.ask(1)
+
+    run_virtual(play())
+    found = bench.recorder.requests.hit_blocks
+    assert (found.cpu, found.storage) == (1, 1)
+    assert bench.io.misuses == []
+
+
+def test_without_a_gpu_tier_blocks_go_to_dram_at_once() -> None:
+    """A capacity of 0 holds nothing, so that all is offered to the next tier, the head of the chain last."""
+    bench = Bench(replace(CONFIG, gpu_blocks=0, cpu_blocks=2))
+    run_virtual(bench.ask_and_settle(1, 2, 3))
+    assert bench.ids(OpKind.COPY_IN) == [2, 1]
+    assert bench.arena.used_slots == 2
+
+
+def test_without_a_dram_tier_nothing_is_copied() -> None:
+    """What leaves the GPU tier is found on storage."""
+    bench = Bench(replace(CONFIG, gpu_blocks=1, cpu_blocks=0))
+
+    async def play() -> None:
+        await bench.ask_and_settle(1)
+        await bench.ask_and_settle(2)
+        await bench.ask_and_settle(1)
+
+    run_virtual(play())
+    assert bench.ids(OpKind.COPY_IN) == bench.ids(OpKind.COPY_OUT) == []
+    assert bench.ids(OpKind.READ) == [1]
+
+
+def test_dram_never_holds_more_than_its_capacity() -> None:
+    """Slots are given back before others are taken; what left DRAM is still on storage."""
+    bench = Bench(replace(CONFIG, cpu_blocks=3), ModelledIO(latency_ns={OpKind.COPY_IN: 1 * MS}))
+
+    async def play() -> None:
+        for first in range(0, 40, 4):
+            await bench.ask_and_settle(*range(first, first + 4))
+            assert bench.engine.cpu_blocks == bench.arena.used_slots == 3
+        assert await bench.ask_and_settle(0, 1, 2, 3) == 4
+
+    run_virtual(play())
+    assert bench.arena.touched_bytes == 0
+    assert len(bench.io.slots) == 3
+    assert bench.recorder.requests.hit_blocks.storage == 4
+    assert bench.io.misuses == []
+
+
+# Failure
+
+
+def test_a_failed_read_fails_the_request_and_stores_nothing() -> None:
+    """The failure is handed on once; the request counts as failed, has no TTFT, and touches no tier."""
+    error = OSError(5, "Input/output error")
+    bench = Bench(io=ModelledIO(failures={(OpKind.READ, 2): error}))
+
+    async def play() -> None:
+        await bench.ask_and_settle(1, 2, 3)
+        await bench.ask_and_settle(1, 2, 3, 4)
+
+    run_virtual(play())
+    assert bench.failures == [error]
+    assert (bench.recorder.requests.completed, bench.recorder.requests.failed) == (1, 1)
+    assert bench.recorder.latency["ttft"].count == 1
+    assert bench.ids(OpKind.WRITE) == [1, 2, 3]
+    assert bench.recorder.window.io_errors == 1
+    assert bench.engine.in_flight == 0
+
+
+def test_a_block_whose_write_failed_is_not_resident() -> None:
+    """The failure is handed on, the block counts as dropped, and a look-up ends before it."""
+    error = OSError(28, "No space left on device")
+    bench = Bench(io=ModelledIO(failures={(OpKind.WRITE, 2): error}))
+
+    async def play() -> None:
+        await bench.ask_and_settle(1, 2, 3)
+        assert await bench.ask_and_settle(1, 2, 3) == 1
+
+    run_virtual(play())
+    assert bench.failures[0] is error
+    assert bench.recorder.window.io_errors == 1
+    assert bench.recorder.window.writes_dropped == 1
+    assert bench.engine.stored_blocks == len(bench.io.stored)
+    assert 2 not in bench.io.stored
+
+
+def test_a_stopped_engine_hands_out_no_more_writes() -> None:
+    """After `stop` what is queued behind is given up, and does not count as dropped: it was in flight."""
+    bench = Bench(replace(CONFIG, write_queue_blocks=1), ModelledIO(servers=1, latency_ns={OpKind.WRITE: 10 * MS}))
+
+    async def play() -> None:
+        asking = asyncio.create_task(bench.ask(1, 2, 3))
+        await sleep_ms(5)
+        bench.engine.stop()
+        await asking
+        await bench.engine.settle()
+        assert now_ns() == 10 * MS
+
+    run_virtual(play())
+    assert bench.ids(OpKind.WRITE) == [1]
+    assert bench.recorder.total.writes_dropped == 0
+    assert bench.failures == []
+
+
+# The bound on waiting writes
+
+
+def test_the_gate_lets_in_first_come_first_served() -> None:
+    """A small batch does not pass a large one that waits before it."""
+    gate, order = WriteGate(4), list[str]()
+
+    async def enter(name: str, blocks: int) -> None:
+        await gate.enter(blocks)
+        order.append(name)
+
+    async def play() -> None:
+        await enter("first", 3)
+        waiting = [asyncio.create_task(enter("large", 4)), asyncio.create_task(enter("small", 1))]
+        await sleep_ms(1)
+        assert order == ["first"]
+        gate.leave(3)
+        await sleep_ms(1)
+        assert order == ["first", "large"]
+        gate.leave(4)
+        await asyncio.gather(*waiting)
+        assert (order, gate.used) == (["first", "large", "small"], 1)
+
+    run_virtual(play())
+
+
+def test_who_gives_up_waiting_at_the_gate_takes_no_room() -> None:
+    """A cancelled wait leaves the count as it was, also where its turn had come in the same moment."""
+    gate = WriteGate(2)
+
+    async def play() -> None:
+        await gate.enter(2)
+        early = asyncio.create_task(gate.enter(2))
+        late = asyncio.create_task(gate.enter(1))
+        await sleep_ms(1)
+        early.cancel()
+        await sleep_ms(1)
+        gate.leave(2)
+        late.cancel()
+        await sleep_ms(1)
+        assert early.cancelled()
+        assert late.cancelled()
+        assert gate.used == 0
+        await gate.enter(2)
+
+    run_virtual(play())
+    assert gate.used == 2
+
+
+def test_who_gives_up_waiting_at_the_gate_makes_way_for_the_next() -> None:
+    """Room that only the first in the queue could not use goes to the second once the first is gone."""
+    gate = WriteGate(4)
+
+    async def play() -> None:
+        await gate.enter(3)
+        large = asyncio.create_task(gate.enter(4))
+        small = asyncio.create_task(gate.enter(1))
+        await sleep_ms(1)
+        large.cancel()
+        await sleep_ms(1)
+        assert small.done()
+
+    run_virtual(play())
+    assert gate.used == 4
+
+
+# Against a second implementation
+
+
+class ListCache:
+    """One LRU tier as a plain list, oldest first: slow, obvious, and nothing of the engine's in it."""
+
+    def __init__(self, capacity: int, *, tail_first: bool) -> None:
+        self.capacity = capacity
+        self.tail_first = tail_first
+        self.held: list[int] = []
+
+    def play(self, chain: Sequence[int]) -> int:
+        """Blocks that a request finds; then they all become recent."""
+        found = 0
+        while found < len(chain) and chain[found] in self.held:
+            found += 1
+        for block_id in reversed(chain) if self.tail_first else chain:
+            if block_id in self.held:
+                self.held.remove(block_id)
+            self.held.append(block_id)
+            del self.held[: -self.capacity]
+        return found
+
+
+def chains(seed: int, count: int, depth: int, branches: int) -> list[tuple[int, ...]]:
+    """Chains through a tree, so that equal ids stand for equal prefixes."""
+    draw = random.Random(seed)  # noqa: S311 - a workload, no secret
+    numbers: dict[tuple[int, ...], int] = {}
+    made = []
+    for _ in range(count):
+        path = [draw.randrange(branches) for _ in range(draw.randint(1, depth))]
+        made.append(tuple(numbers.setdefault(tuple(path[:end]), len(numbers)) for end in range(1, len(path) + 1)))
+    return made
+
+
+@pytest.mark.parametrize("touch", TouchOrder)
+@pytest.mark.parametrize("capacity", [1, 3, 7, 20, 60, 10_000])
+def test_one_request_at_a_time_counts_as_the_trace_inspection_does(touch: TouchOrder, capacity: int) -> None:
+    """A storage-only cache finds for every request what a list worked by the definition of LRU finds."""
+    bench = Bench(replace(CONFIG, storage_blocks=capacity, touch=touch))
+    reference = ListCache(capacity, tail_first=touch is TouchOrder.TAIL)
+    played = chains(seed=capacity, count=400, depth=10, branches=2)
+    expected = [reference.play(chain) for chain in played]
+
+    async def play() -> list[int]:
+        return [await bench.ask_and_settle(*chain) for chain in played]
+
+    assert run_virtual(play()) == expected
+    assert sum(expected) > 0
+    assert bench.failures == bench.io.misuses == []
+    assert bench.io.stored == set(reference.held)
+    assert bench.io.most_stored <= capacity
+
+
+LATENCIES_NS = st.fixed_dictionaries({kind: st.integers(0, 20).map(lambda ms: ms * MS) for kind in OpKind})
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(
+    seed=st.integers(0, 10_000),
+    gaps_ms=st.lists(st.integers(0, 25), min_size=1, max_size=40),
+    config=st.builds(
+        replace,
+        st.just(CONFIG),
+        gpu_blocks=st.integers(0, 6),
+        cpu_blocks=st.integers(0, 6),
+        storage_blocks=st.integers(1, 20),
+        write_queue_blocks=st.integers(1, 12),
+        touch=st.sampled_from(TouchOrder),
+        prefix_caching=st.booleans(),
+        pacing=st.sampled_from([INSTANT, replace(PACING, mode=GenerationMode.FAST)]),
+    ),
+    servers=st.integers(1, 6),
+    latency_ns=LATENCIES_NS,
+)
+def test_no_load_makes_the_engine_ask_for_what_is_not_there(
+    seed: int, gaps_ms: list[int], config: EngineConfig, servers: int, latency_ns: dict[OpKind, int]
+) -> None:
+    """Concurrent requests, any sizes and speeds: no wrong operation, no capacity exceeded, and the tiers are true."""
+    bench = Bench(config, ModelledIO(servers=servers, latency_ns=latency_ns))
+    most_used = 0
+
+    async def play() -> None:
+        nonlocal most_used
+        async with asyncio.TaskGroup() as group:
+            for chain, gap_ms in zip(chains(seed, len(gaps_ms), depth=8, branches=2), gaps_ms, strict=True):
+                group.create_task(bench.ask(*chain))
+                await sleep_ms(gap_ms)
+                most_used = max(most_used, bench.arena.used_slots)
+                assert bench.engine.write_queue_blocks <= config.write_queue_blocks
+        await bench.engine.settle()
+
+    run_virtual(play())
+    engine = bench.engine
+    assert bench.failures == bench.io.misuses == []
+    assert bench.recorder.requests.completed == len(gaps_ms)
+    assert bench.io.most_stored <= config.storage_blocks
+    assert most_used <= config.cpu_blocks
+    assert engine._stored == bench.io.stored
+    assert {block for block in range(10_000) if block in engine._storage} == bench.io.stored
+    assert engine._cpu_ready == set(engine._cpu_slots)
+    assert {block: bench.io.slots[slot] for block, slot in engine._cpu_slots.items()} == {
+        block: block for block in engine._cpu_slots
+    }
+    assert engine.write_queue_blocks == engine.in_flight == 0
+    totals = bench.recorder.total
+    assert totals.write_ops - totals.delete_ops == len(bench.io.stored)
+
+
+# The fake itself
+
+
+def model_errors(act: Callable[[ModelledIO], Awaitable[None]]) -> list[str]:
+    """What the modelled I/O says to a wrong use."""
+    io = ModelledIO(latency_ns={kind: 1 * MS for kind in OpKind})
+
+    async def play() -> None:
+        await act(io)
+
+    run_virtual(play())
+    return [str(error) for error in io.misuses]
+
+
+def test_tiers_are_all_looked_up() -> None:
+    """The engine's answer has a count for each tier there is."""
+    bench = Bench()
+    run_virtual(bench.ask_and_settle(1))
+    assert {tier.value for tier in Tier} == {"gpu", "cpu", "storage"}
+    assert bench.recorder.requests.completed == 1
