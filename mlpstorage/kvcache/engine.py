@@ -112,8 +112,8 @@ class WriteGate:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.leave(blocks)
+            # Either the turn had just come, or those behind may fit where this one did not.
+            self.leave(blocks if turn.done() and not turn.cancelled() else 0)
             raise
 
     def leave(self, blocks: int) -> None:

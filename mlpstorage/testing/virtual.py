@@ -6,10 +6,13 @@ memory, takes a given time for each, and refuses loudly what a store could not d
 """
 
 import asyncio
+import heapq
+import itertools
 import selectors
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from mlpstorage.measure.clock import NS
@@ -167,6 +170,8 @@ class ModelledIO:
     _busy: list[bool] = field(default_factory=list)
     _users: Counter[tuple[str, int, bool]] = field(default_factory=Counter)
     _room: Counter[int] = field(default_factory=Counter)
+    _ends: list[tuple[int, int, Callable[[], None]]] = field(default_factory=list)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
     _outstanding: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -204,8 +209,9 @@ class ModelledIO:
 
     def _dispatch(self) -> None:
         """Give queued chains to servers that are free."""
-        if self.servers is None and any(self._queues):
-            self._busy += [False] * sum(map(len, self._queues))
+        if self.servers is None:
+            missing = sum(map(len, self._queues)) - self._busy.count(False)
+            self._busy += [False] * max(missing, 0)
         loaders = (len(self._busy) + 1) // 2
         for server, busy in enumerate(self._busy):
             if busy:
@@ -231,7 +237,15 @@ class ModelledIO:
         error = self.failures.get((op.kind, self._begun[op.kind])) or self._enter(op)
         latency_ns = self.latency_ns.get(op.kind, 0)
         if latency_ns is not None:
-            loop.call_at((start_ns + latency_ns) / NS, self._end, server, item, place, done, start_ns, error)
+            end_ns = start_ns + latency_ns
+            end: Callable[[], None] = partial(self._end, server, item, place, done, start_ns, error)
+            heapq.heappush(self._ends, (end_ns, next(self._numbers), end))
+            loop.call_at(end_ns / NS, self._end_next)
+
+    def _end_next(self) -> None:
+        """End the operation whose turn it is; of those that end at once, the one that began first."""
+        _, _, end = heapq.heappop(self._ends)
+        end()
 
     def _end(
         self, server: int, item: _Item, place: int, done: list[OpDone], start_ns: int, error: Exception | None

@@ -2,22 +2,23 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlpstorage.config import GenerationMode, Tier, TouchOrder
+from mlpstorage.config import GenerationMode, TouchOrder
 from mlpstorage.kvcache.engine import Engine, EngineConfig, WriteGate
 from mlpstorage.kvcache.pacing import Pacing
 from mlpstorage.kvcache.recorder import Recorder
 from mlpstorage.kvcache.request import Request
 from mlpstorage.measure.clock import NS
 from mlpstorage.storage.arena import DramArena
-from mlpstorage.storage.ops import OpKind
-from mlpstorage.testing.virtual import ModelledIO, VirtualClock, run_virtual
+from mlpstorage.storage.ops import Lane, Op, OpDone, OpKind
+from mlpstorage.storage.pool import OperationSkippedError
+from mlpstorage.testing.virtual import ModelError, ModelledIO, VirtualClock, VirtualTimeError, run_virtual
 
 MS = NS // 1000
 BLOCK_TOKENS = 4
@@ -670,7 +671,7 @@ def test_one_request_at_a_time_counts_as_the_trace_inspection_does(touch: TouchO
 LATENCIES_NS = st.fixed_dictionaries({kind: st.integers(0, 20).map(lambda ms: ms * MS) for kind in OpKind})
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=200)
 @given(
     seed=st.integers(0, 10_000),
     gaps_ms=st.lists(st.integers(0, 25), min_size=1, max_size=40),
@@ -712,11 +713,9 @@ def test_no_load_makes_the_engine_ask_for_what_is_not_there(
     assert bench.io.most_stored <= config.storage_blocks
     assert most_used <= config.cpu_blocks
     assert engine._stored == bench.io.stored
-    assert {block for block in range(10_000) if block in engine._storage} == bench.io.stored
+    assert {block for block in range(400) if block in engine._storage} == bench.io.stored
     assert engine._cpu_ready == set(engine._cpu_slots)
-    assert {block: bench.io.slots[slot] for block, slot in engine._cpu_slots.items()} == {
-        block: block for block in engine._cpu_slots
-    }
+    assert [bench.io.slots[slot] for slot in engine._cpu_slots.values()] == list(engine._cpu_slots)
     assert engine.write_queue_blocks == engine.in_flight == 0
     totals = bench.recorder.total
     assert totals.write_ops - totals.delete_ops == len(bench.io.stored)
@@ -724,21 +723,93 @@ def test_no_load_makes_the_engine_ask_for_what_is_not_there(
 
 # The fake itself
 
+MISUSES: dict[str, tuple[list[Op], str]] = {
+    "read": ([Op(OpKind.READ, 1)], "READ of 1: it is not there"),
+    "delete": ([Op(OpKind.DELETE, 1)], "DELETE of 1: it is not there"),
+    "write": ([Op(OpKind.WRITE, 1), Op(OpKind.WRITE, 1)], "WRITE of 1: it is there already"),
+    "copy": ([Op(OpKind.COPY_IN, 1, 7), Op(OpKind.COPY_OUT, 2, 7)], "COPY_OUT of 2: slot 7 holds 1"),
+}
 
-def model_errors(act: Callable[[ModelledIO], Awaitable[None]]) -> list[str]:
-    """What the modelled I/O says to a wrong use."""
-    io = ModelledIO(latency_ns={kind: 1 * MS for kind in OpKind})
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_the_modelled_io_refuses_what_a_store_could_not_do(name: str) -> None:
+    """The operation that cannot be done fails, the rest of its chain is skipped, other chains go on."""
+    wrong, message = MISUSES[name]
+    counted: list[OpDone] = []
+    io = ModelledIO(servers=2, on_operations=counted.extend)
+
+    async def play() -> list[OpDone]:
+        return await io.run([[*wrong, Op(OpKind.WRITE, 50)], [Op(OpKind.WRITE, 60)]], Lane.STORE)
+
+    done = run_virtual(play())
+    assert counted == done
+    assert [type(one.error) for one in done[-3:]] == [ModelError, OperationSkippedError, type(None)]
+    assert [str(error) for error in io.misuses] == [message]
+    assert 60 in io.stored
+    assert 50 not in io.stored
+
+
+def test_the_modelled_io_refuses_two_operations_on_one_object_at_once() -> None:
+    """A write that does not wait for the delete, and a delete under a read, are errors of the engine."""
+    io = ModelledIO(latency_ns=dict.fromkeys(OpKind, 1 * MS), stored={1, 2})
 
     async def play() -> None:
-        await act(io)
+        both = [(Op(OpKind.DELETE, 1),), (Op(OpKind.WRITE, 1),), (Op(OpKind.READ, 2),), (Op(OpKind.DELETE, 2),)]
+        done = await io.run(both, Lane.STORE)
+        assert [one.error is None for one in done] == [True, False, True, False]
 
     run_virtual(play())
-    return [str(error) for error in io.misuses]
+    assert len(io.misuses) == 2
 
 
-def test_tiers_are_all_looked_up() -> None:
-    """The engine's answer has a count for each tier there is."""
-    bench = Bench()
-    run_virtual(bench.ask_and_settle(1))
-    assert {tier.value for tier in Tier} == {"gpu", "cpu", "storage"}
-    assert bench.recorder.requests.completed == 1
+def test_modelled_servers_take_the_time_they_are_given() -> None:
+    """Five reads of 10 ms by two threads take 30 ms, the first of the queue first; what is queued can be given up."""
+    io = ModelledIO(servers=2, latency_ns={OpKind.READ: 10 * MS}, stored=set(range(5)))
+
+    async def play() -> None:
+        reads = [(Op(OpKind.READ, block_id),) for block_id in range(5)]
+        done = await io.run(reads, Lane.LOAD)
+        assert [(one.start_ns // MS, one.end_ns // MS) for one in done] == [
+            (0, 10),
+            (0, 10),
+            (10, 20),
+            (10, 20),
+            (20, 30),
+        ]
+        given_up = asyncio.create_task(io.run(reads, Lane.LOAD))
+        await sleep_ms(5)
+        io.cancel_queued()
+        assert [one.error is None for one in await given_up] == [True, True, False, False, False]
+        await io.idle()
+        assert now_ns() == 40 * MS
+
+    run_virtual(play())
+    assert io.most_running == 2
+    assert io.misuses == []
+
+
+def test_a_virtual_loop_on_which_nothing_can_happen_any_more_says_so() -> None:
+    """Waiting for ever is an error, and so is time that runs away; a nanosecond is a moment of its own."""
+
+    async def wait_for_ever() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def tick() -> None:
+        while True:
+            await sleep_ms(1000)
+
+    async def moments() -> list[int]:
+        seen: list[int] = []
+
+        async def note(when_ns: int) -> None:
+            await VirtualClock().sleep_until(when_ns)
+            seen.append(now_ns())
+
+        await asyncio.gather(*(note(when_ns) for when_ns in (NS + 2, NS, NS + 1)))
+        return seen
+
+    with pytest.raises(VirtualTimeError, match="nothing is left"):
+        run_virtual(wait_for_ever())
+    with pytest.raises(VirtualTimeError, match="limit of 60 s"):
+        run_virtual(tick(), limit_s=60)
+    assert run_virtual(moments()) == [NS, NS + 1, NS + 2]
