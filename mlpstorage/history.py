@@ -191,7 +191,7 @@ def _read_entry(path: Path) -> RunEntry:
         benchmark_type=benchmark_type,
         model=model,
         command=command,
-        ranks=_whole(metadata, "num_processes") or 1,
+        ranks=_whole(metadata, "ranks") or _whole(metadata, "num_processes") or 1,
         hosts=_hosts(metadata),
         status=_status(metadata),
         exit_code=_whole(metadata, "exit_code"),

@@ -25,6 +25,7 @@ from mlpstorage.errors import (
 )
 from mlpstorage.kvcache.events import Event, Finished, Progress, Refused, Warned, parse_event
 from mlpstorage.kvcache.rank import build_workload
+from mlpstorage.kvcache.traces import MOONCAKE_BLOCK_TOKENS, effective_block_tokens
 from mlpstorage.launch.command import rank_command, rank_environment, shown
 from mlpstorage.launch.mpi import find_mpi, mpi_version
 from mlpstorage.launch.process import JobOutcome, run_job
@@ -123,6 +124,13 @@ class KVCacheBenchmark(Benchmark):
         """The numbers, once there are some."""
         return self._summary
 
+    @property
+    def _block_tokens(self) -> int:
+        """Tokens of one object."""
+        if self._spec.trace is None:
+            return self._spec.block_tokens
+        return effective_block_tokens(MOONCAKE_BLOCK_TOKENS, self._spec.block_tokens)
+
     def _build_kvcache_command(self, run_id: str | None = None) -> str:
         """The command that runs the ranks, as one would type it."""
         return shown(self._command(run_id))
@@ -166,6 +174,7 @@ class KVCacheBenchmark(Benchmark):
             "generation_mode": spec.generation_mode.value,
             "performance_profile": spec.performance_profile.value,
             "num_processes": spec.num_processes,
+            "ranks": self._layout.ranks,
             "parameters": spec.parameters() | {"cache_dir": str(self.cache_dir)},
             "parameter_sources": dict(self._sources),
             "labels": dict(spec.label),
@@ -195,12 +204,11 @@ class KVCacheBenchmark(Benchmark):
             self._mpi = mpi_version(find_mpi(self._spec.mpi_bin))
         if self._spec.kvcache_bin_path is not None and not os.access(self._spec.kvcache_bin_path, os.X_OK):
             raise MissingFileError(f"--kvcache-bin-path: {self._spec.kvcache_bin_path} is no program that can be run")
-        block_tokens = self._spec.block_tokens
         if self._spec.trace is not None:
-            block_tokens = build_workload(self._spec, 0, self._layout.ranks).block_tokens
+            build_workload(self._spec, 0, self._layout.ranks)
         if self._layout.ranks_here:
             _check_cache_dir(self.cache_dir)
-            self._fit_to_this_machine(block_tokens)
+            self._fit_to_this_machine(self._block_tokens)
 
     def _fit_to_this_machine(self, block_tokens: int) -> None:
         """Work out the sizes that were left to the program, and refuse what does not fit."""
@@ -307,7 +315,7 @@ class KVCacheBenchmark(Benchmark):
     def _show_plan(self) -> int:
         refusal = self._refusal()
         command = self._command(None)
-        planned = sizes(self._spec, self._spec.block_tokens)
+        planned = sizes(self._spec, self._block_tokens)
         if self._shell.json:
             print_json({"metadata": self.metadata, "command": command, "ranks": self._layout.ranks, "refusal": refusal})
             return EXIT_CODE.SUCCESS
@@ -331,7 +339,7 @@ class KVCacheBenchmark(Benchmark):
         """Why the planned run would not start on this machine; None where it would, or where it runs elsewhere."""
         try:
             if self._layout.ranks_here:
-                self._fit_to_this_machine(self._spec.block_tokens)
+                self._fit_to_this_machine(self._block_tokens)
         except ConfigurationError as error:
             return str(error)
         return None

@@ -294,14 +294,48 @@ class Engine:
         """
         recent = list(in_touch_order(block_ids, self._config.touch))
         self._demote(admit(self._gpu, recent), recent)
+        for block_id in recent:
+            self._storage.touch(block_id)
         computed = block_ids[found_blocks:]
-        new = {block_id for block_id in computed if block_id not in self._storage}
+        # Of a chain longer than the tier only the most recent part would outlive the step; the rest is not written.
+        kept = set(recent[-self._config.storage_blocks :]) if self._config.storage_blocks else set()
+        new = [block_id for block_id in computed if block_id not in self._storage]
         self._recorder.deduplicated(self._clock.now_ns(), len(computed) - len(new))
-        taken = admit(self._storage, [block_id for block_id in recent if block_id in self._storage or block_id in new])
+        wanted = [block_id for block_id in new if block_id in kept]
+        self._dropped(len(new) - len(wanted))
+        queued_ns = self._clock.now_ns()
+        most = min(WRITE_BATCH_BLOCKS, self._gate.capacity)
+        for begin in range(0, len(wanted), most):
+            batch = wanted[begin : begin + most]
+            await self._gate.enter(len(batch))
+            self._write_behind(batch, kept, queued_ns)
+        for block_id in recent:
+            self._storage.touch(block_id)
+
+    def _write_behind(self, block_ids: Sequence[int], own: set[int], queued_ns: int) -> None:
+        """Take blocks that have passed the write gate into the storage tier and begin to write them.
+
+        Room is made here, not when they were queued, so that what waits at the gate keeps nothing from eviction. No
+        block of `own`, the request's, makes room for another of them.
+        """
+        fresh = [block_id for block_id in block_ids if block_id not in self._storage]
+        self._recorder.deduplicated(self._clock.now_ns(), len(block_ids) - len(fresh))
+        for block_id in own:
+            self._storage.pin(block_id)
+        taken = admit(self._storage, in_touch_order(fresh, self._config.touch))
+        for block_id in own:
+            self._storage.unpin(block_id)
         self._dropped(len(taken.refused))
-        cleared = self._delete(taken.evicted)
-        new.intersection_update(taken.admitted)
-        await self._write_behind([block_id for block_id in computed if block_id in new], cleared)
+        admitted = set(taken.admitted)
+        batch = [block_id for block_id in fresh if block_id in admitted]
+        self._gate.leave(len(block_ids) - len(batch))
+        waits = {self._deleting[block_id] for block_id in batch if block_id in self._deleting}
+        if taken.evicted:
+            waits.add(self._delete(taken.evicted))
+        for block_id in batch:
+            self._storage.pin(block_id)
+        if batch:
+            self._spawn(self._write(batch, waits, queued_ns))
 
     def _demote(self, gpu: Admission, recent: Sequence[int]) -> None:
         """Move to DRAM what left the GPU tier, and make the request's blocks recent there."""
@@ -329,10 +363,8 @@ class Engine:
                 self._cpu_ready.add(done.op.block_id)
         self._succeeded(finished)
 
-    def _delete(self, victims: Sequence[int]) -> asyncio.Task[None] | None:
+    def _delete(self, victims: Sequence[int]) -> asyncio.Task[None]:
         """Begin to delete blocks from storage."""
-        if not victims:
-            return None
         self._stored.difference_update(victims)
         task = self._spawn(self._delete_all(victims))
         for block_id in victims:
@@ -344,20 +376,6 @@ class Engine:
         for block_id in victims:
             self._deleting.pop(block_id, None)
         self._succeeded(finished)
-
-    async def _write_behind(self, block_ids: Sequence[int], cleared: asyncio.Task[None] | None) -> None:
-        """Queue blocks for writing, head of the chain first, once `cleared` has made room for them."""
-        queued_ns = self._clock.now_ns()
-        for block_id in block_ids:
-            self._storage.pin(block_id)
-        most = min(WRITE_BATCH_BLOCKS, self._gate.capacity)
-        for begin in range(0, len(block_ids), most):
-            batch = block_ids[begin : begin + most]
-            waits = {self._deleting[block_id] for block_id in batch if block_id in self._deleting}
-            if cleared is not None:
-                waits.add(cleared)
-            await self._gate.enter(len(batch))
-            self._spawn(self._write(batch, waits, queued_ns))
 
     async def _write(self, block_ids: Sequence[int], waits: set[asyncio.Task[None]], queued_ns: int) -> None:
         if waits:

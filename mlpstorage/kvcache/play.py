@@ -20,7 +20,7 @@ from mlpstorage.measure.histogram import Histogram
 from mlpstorage.results.models import Sample
 from mlpstorage.storage.ops import OpDone
 
-LAG_PROBE_NS = 10_000_000
+LAG_PROBE_NS = 5_000_000
 """The event loop's lag is how much later than asked a sleep of this length ends."""
 
 SAMPLE_NS = NS

@@ -68,9 +68,15 @@ def sizes(spec: KVCacheSpec, block_tokens: int) -> Sizes:
         gpu_blocks=int(spec.gpu_mem_gb * GIB) // object_bytes,
         cpu_blocks=capacity(spec.cpu_mem_gb, stored_bytes),
         storage_blocks=capacity(spec.storage_gb, stored_bytes),
-        write_queue_blocks=max(2 * spec.io_threads, WRITE_QUEUE_BYTES // stored_bytes),
+        write_queue_blocks=_write_queue_blocks(spec.io_threads, stored_bytes, capacity(spec.storage_gb, stored_bytes)),
         in_flight_bytes=spec.io_threads * stored_bytes,
     )
+
+
+def _write_queue_blocks(io_threads: int, stored_bytes: int, storage_blocks: int | None) -> int:
+    """Room of the write queue: 1 GiB, or work for every thread; at most a quarter of the storage tier, at least one."""
+    wanted = max(2 * io_threads, WRITE_QUEUE_BYTES // stored_bytes)
+    return wanted if storage_blocks is None else max(1, min(wanted, storage_blocks // 4))
 
 
 def warmup_s(spec: KVCacheSpec) -> float:

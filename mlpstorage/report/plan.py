@@ -113,7 +113,7 @@ def data_sizes_text(estimate: DataSizes) -> str:
 
 
 def _block_note(spec: KVCacheSpec) -> str:
-    return "a trace with larger blocks keeps its own" if spec.trace else "padded to 4 KiB"
+    return "the trace's own blocks, or groups of them" if spec.trace else "padded to 4 KiB"
 
 
 def _lines(rows: Iterable[Sequence[str]]) -> list[str]:

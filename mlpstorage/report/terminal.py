@@ -60,7 +60,7 @@ def summary_table(summary: Summary, *, metadata: Mapping[str, object]) -> Render
 
     Args:
         summary: The numbers.
-        metadata: The run's metadata; `model`, `num_users`, `num_processes` and the trace in `parameters` are used.
+        metadata: The run's metadata; `model`, `num_users`, `ranks` and the trace in `parameters` are used.
     """
     body: list[RenderableType] = [
         *_banner(summary),
@@ -192,7 +192,7 @@ def _verdict(summary: Summary, metadata: Mapping[str, object]) -> Text:
 def _load_text(metadata: Mapping[str, object]) -> str:
     recorded = metadata.get("parameters")
     parameters: Mapping[str, object] = recorded if isinstance(recorded, Mapping) else {}
-    ranks = metadata.get("num_processes") or 1
+    ranks = metadata.get("ranks") or metadata.get("num_processes") or 1
     prefix = f"{plain(ranks)} ranks x " if ranks != 1 else ""
     if trace := parameters.get("trace"):
         return f"{prefix}trace {plain(trace).rpartition('/')[2]}"
@@ -278,7 +278,7 @@ def _attention(summary: Summary, metadata: Mapping[str, object]) -> Iterator[Tex
     """What changes the meaning of the numbers above, the worst first."""
     storage, total = summary.storage, summary.storage_total
     in_flight = summary.window.requests_in_flight_at_end
-    measured_ranks, planned_ranks = sum(host.ranks for host in summary.hosts), metadata.get("num_processes")
+    measured_ranks, planned_ranks = sum(host.ranks for host in summary.hosts), metadata.get("ranks")
     if isinstance(planned_ranks, int) and measured_ranks < planned_ranks:
         yield _note(_BAD, f"only {measured_ranks} of {planned_ranks} ranks left numbers")
     for style, name, count, meaning in (

@@ -154,7 +154,9 @@ class KVCacheSpec(Spec):
     ] = PerformanceProfile.LATENCY
     fail_on_slo: Annotated[
         bool,
-        Field(description="end with exit code 1 where the target was missed"),
+        Field(
+            description="end with exit code 1 where the target was missed, or too few requests were answered to tell"
+        ),
         Option(flags=("--fail-on-slo",), group=COMPUTE, rank=False),
     ] = False
 

@@ -49,9 +49,7 @@ STORAGE_KEYS = TOTAL_KEYS | set(
 )
 SUMMARY_KEYS = {
     "window": set("warmup_s measured_s drain_s requests_in_flight_at_end".split()),
-    "requests": set(
-        "completed failed rate_per_s prompt_tokens_per_s cached_tokens_per_s output_tokens_per_s".split()
-    ),
+    "requests": set("completed failed rate_per_s prompt_tokens_per_s cached_tokens_per_s output_tokens_per_s".split()),
     "hit_ratio": {"tokens", "blocks"},
     "storage": STORAGE_KEYS,
     "storage_total": TOTAL_KEYS,

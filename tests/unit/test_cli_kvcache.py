@@ -139,7 +139,7 @@ def test_trace_inspect_takes_capacities() -> None:
 def test_the_command_refuses(words: list[str]) -> None:
     """An abbreviation, an unknown flag or command, a wrong type or choice: one line, by the product's own parser."""
     argv = ["kvcache", *words]
-    with pytest.raises(UsageError, match=r"see `mlpstorage kvcache.* --help`") as refused:
+    with pytest.raises(UsageError, match=r"see `mlpstorage.* --help`") as refused:
         build_parser(argv).parse_args(argv)
     assert "\n" not in str(refused.value)
 
