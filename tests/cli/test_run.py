@@ -41,32 +41,81 @@ LATENCIES = {
     "queue_wait",
     "write_behind",
 }
-LATENCY_KEYS = set("count mean_ms min_ms p50_ms p90_ms p95_ms p99_ms p999_ms max_ms histogram".split())
-TOTAL_KEYS = set("read_bytes written_bytes padding_bytes deleted_bytes read_ops write_ops delete_ops".split())
-STORAGE_KEYS = TOTAL_KEYS | set(
-    "read_gib_per_s write_gib_per_s direct_files buffered_files io_errors verify_errors verified_bytes writes_dropped "
-    "dedup_skipped_bytes".split()
-)
+LATENCY_KEYS = {"count", "mean_ms", "min_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "p999_ms", "max_ms", "histogram"}
+TOTAL_KEYS = {"read_bytes", "written_bytes", "padding_bytes", "deleted_bytes", "read_ops", "write_ops", "delete_ops"}
+STORAGE_KEYS = TOTAL_KEYS | {
+    "read_gib_per_s",
+    "write_gib_per_s",
+    "direct_files",
+    "buffered_files",
+    "io_errors",
+    "verify_errors",
+    "verified_bytes",
+    "writes_dropped",
+    "dedup_skipped_bytes",
+}
 SUMMARY_KEYS = {
-    "window": set("warmup_s measured_s drain_s requests_in_flight_at_end".split()),
-    "requests": set("completed failed rate_per_s prompt_tokens_per_s cached_tokens_per_s output_tokens_per_s".split()),
+    "window": {"warmup_s", "measured_s", "drain_s", "requests_in_flight_at_end"},
+    "requests": {
+        "completed",
+        "failed",
+        "rate_per_s",
+        "prompt_tokens_per_s",
+        "cached_tokens_per_s",
+        "output_tokens_per_s",
+    },
     "hit_ratio": {"tokens", "blocks"},
     "storage": STORAGE_KEYS,
     "storage_total": TOTAL_KEYS,
     "latency": LATENCIES,
-    "client": set("cpu_s cpu_ms_per_gib max_rss_bytes loop_lag_p99_ms bottleneck".split()),
-    "breakeven": set("prefill_tokens_per_s read_gib_per_s_needed ttft_saved_mean_ms".split()),
+    "client": {"cpu_s", "cpu_ms_per_gib", "max_rss_bytes", "loop_lag_p99_ms", "bottleneck"},
+    "breakeven": {"prefill_tokens_per_s", "read_gib_per_s_needed", "ttft_saved_mean_ms"},
     "slo": {"ttft_p95_ms_target", "met"},
 }
-METADATA_KEYS = set(
-    "schema_version benchmark_type model command run_datetime result_dir status exit_code runtime_s num_processes "
-    "parameters parameter_sources executed_command args cluster_information software kvcache_model num_users duration "
-    "gpu_mem_gb cpu_mem_gb cache_dir generation_mode performance_profile kvcache_metrics".split()
-)
-SERIES_KEYS = set(
-    "rank t_s phase requests_completed requests_in_flight prompt_tokens cached_tokens read_bytes written_bytes "
-    "deleted_bytes read_gib_per_s write_gib_per_s storage_used_bytes cpu_used_bytes write_queue_blocks".split()
-)
+METADATA_KEYS = {
+    "schema_version",
+    "benchmark_type",
+    "model",
+    "command",
+    "run_datetime",
+    "result_dir",
+    "status",
+    "exit_code",
+    "runtime_s",
+    "num_processes",
+    "parameters",
+    "parameter_sources",
+    "executed_command",
+    "args",
+    "cluster_information",
+    "software",
+    "kvcache_model",
+    "num_users",
+    "duration",
+    "gpu_mem_gb",
+    "cpu_mem_gb",
+    "cache_dir",
+    "generation_mode",
+    "performance_profile",
+    "kvcache_metrics",
+}
+SERIES_KEYS = {
+    "rank",
+    "t_s",
+    "phase",
+    "requests_completed",
+    "requests_in_flight",
+    "prompt_tokens",
+    "cached_tokens",
+    "read_bytes",
+    "written_bytes",
+    "deleted_bytes",
+    "read_gib_per_s",
+    "write_gib_per_s",
+    "storage_used_bytes",
+    "cpu_used_bytes",
+    "write_queue_blocks",
+}
 
 
 @pytest.fixture(scope="module")
