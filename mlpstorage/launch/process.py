@@ -5,7 +5,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -98,7 +98,8 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    if process.poll() is None:
+    # Whether or not the launcher itself has ended: a rank of its group may hold the pipe still.
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 

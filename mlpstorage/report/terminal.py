@@ -192,12 +192,16 @@ def _verdict(summary: Summary, metadata: Mapping[str, object]) -> Text:
 def _load_text(metadata: Mapping[str, object]) -> str:
     recorded = metadata.get("parameters")
     parameters: Mapping[str, object] = recorded if isinstance(recorded, Mapping) else {}
-    ranks = metadata.get("ranks") or metadata.get("num_processes") or 1
+    ranks = _planned_ranks(metadata) or 1
     prefix = f"{plain(ranks)} ranks x " if ranks != 1 else ""
     if trace := parameters.get("trace"):
         return f"{prefix}trace {plain(trace).rpartition('/')[2]}"
     users = metadata.get("num_users", parameters.get("num_users", NOT_AVAILABLE))
     return f"{prefix}{plain(users)} users"
+
+
+def _planned_ranks(metadata: Mapping[str, object]) -> object:
+    return metadata.get("ranks") or metadata.get("num_processes")
 
 
 def _storage_table(summary: Summary) -> Table:
@@ -278,7 +282,7 @@ def _attention(summary: Summary, metadata: Mapping[str, object]) -> Iterator[Tex
     """What changes the meaning of the numbers above, the worst first."""
     storage, total = summary.storage, summary.storage_total
     in_flight = summary.window.requests_in_flight_at_end
-    measured_ranks, planned_ranks = sum(host.ranks for host in summary.hosts), metadata.get("ranks")
+    measured_ranks, planned_ranks = sum(host.ranks for host in summary.hosts), _planned_ranks(metadata)
     if isinstance(planned_ranks, int) and measured_ranks < planned_ranks:
         yield _note(_BAD, f"only {measured_ranks} of {planned_ranks} ranks left numbers")
     for style, name, count, meaning in (

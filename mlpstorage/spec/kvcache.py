@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from mlpstorage.config import EXEC_TYPE, KVCACHE_MODELS, GenerationMode, PerformanceProfile, TouchOrder
+from mlpstorage.errors import UsageError
 from mlpstorage.models import MODELS, ModelShape
 from mlpstorage.spec.fields import Option, Spec
 from mlpstorage.spec.hosts import Host, parse_hosts
@@ -260,7 +261,11 @@ class KVCacheSpec(Spec):
     @field_validator("hosts")
     @classmethod
     def _hosts_parse(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        parse_hosts(value)
+        try:
+            parse_hosts(value)
+        except UsageError as error:
+            # The names may have come from a file: who explains the error knows, and puts the flag in front.
+            raise ValueError(str(error).removeprefix("--hosts ")) from None
         return value
 
     @field_validator("mpi_params", mode="before")

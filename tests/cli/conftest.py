@@ -23,7 +23,7 @@ TINY: Mapping[str, str] = {
     "--model": "tiny-1b",
     "--num-users": "6",
     "--generation-mode": "none",
-    "--duration": "1",
+    "--duration": "0.8",
     "--warmup": "0.2",
     "--gpu-mem-gb": "0",
     "--cpu-mem-gb": "0",

@@ -39,6 +39,14 @@ def rank_of(process: subprocess.Popen[str]) -> psutil.Process:
     return rank
 
 
+def gone(process: psutil.Process) -> bool:
+    """Whether a process has ended; its new parent may not have waited for it yet."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def only_the_foreign_file_is_left(cli: Cli) -> bool:
     """Whether the run's cache files are gone and the file that was there before is not."""
     return [path.name for path in cli.cache.rglob("*")] == ["precious.txt"]
@@ -71,7 +79,7 @@ def test_killed_command_leaves_neither_worker_nor_files(cli: Cli) -> None:
     rank = rank_of(process)
     process.kill()
     process.wait(timeout=60)
-    cli.eventually(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE, "the worker's end")
+    cli.eventually(lambda: gone(rank), "the worker's end")
     assert only_the_foreign_file_is_left(cli)
     (shown,) = cli.history()
     assert shown["status"] in {"interrupted", "failed"}
@@ -101,7 +109,7 @@ def test_leftovers_of_a_dead_run_are_cleared_by_the_next(cli: Cli) -> None:
     rank.kill()
     process.kill()
     process.wait(timeout=60)
-    cli.eventually(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE, "the worker's end")
+    cli.eventually(lambda: gone(rank), "the worker's end")
     assert cli.objects(), "nobody was left to remove them"
     ended = cli.run(*cli.load("--duration", "0.5", "--cache-dir", cli.cache))
     assert ended.returncode == 0, ended.stderr

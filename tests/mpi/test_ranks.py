@@ -1,0 +1,97 @@
+"""Several ranks on this machine, started by a real MPI launcher."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BIN = Path(sys.executable).parent
+SEARCH = os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)])
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Result directory and summary of a run of two ranks."""
+    if shutil.which("mpirun", path=SEARCH) is None or importlib.util.find_spec("mpi4py") is None:
+        pytest.skip("no mpirun or no mpi4py: install mlpstorage[mpi]")
+    place = tmp_path_factory.mktemp("ranks")
+    flags = (
+        "kvcache run --model tiny-1b --num-users 3 --generation-mode none --duration 2 --warmup 0.2 --gpu-mem-gb 0 "
+        "--cpu-mem-gb 0.02 --storage-gb 0.3 --block-tokens 64 --num-processes 2 --oversubscribe --allow-run-as-root"
+    )
+    ended = subprocess.run(
+        [BIN / "mlpstorage", *flags.split(), "--results-dir", place / "results", "--cache-dir", place / "cache"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    (summary_path,) = place.glob("results/kv_cache/tiny-1b/run/*/summary.json")
+    assert not list(place.glob("cache/**/*"))
+    return summary_path.parent, json.loads(summary_path.read_text())
+
+
+def ranks_of(directory: Path) -> list[dict[str, Any]]:
+    """The rank files, in rank order."""
+    return [json.loads((directory / "ranks" / f"rank_{number}.json").read_text()) for number in (0, 1)]
+
+
+def test_totals_are_the_sums_over_the_ranks(result: tuple[Path, dict[str, Any]]) -> None:
+    """Bytes, operations and requests of the summary are those of both ranks, and each rank did some."""
+    directory, summary = result
+    ranks = ranks_of(directory)
+    for name in ("read_bytes", "written_bytes", "read_ops", "write_ops"):
+        assert all(rank["storage_total"][name] > 0 for rank in ranks)
+        assert summary["storage_total"][name] == sum(rank["storage_total"][name] for rank in ranks)
+    assert summary["requests"]["completed"] == sum(rank["requests"]["completed"] for rank in ranks)
+    assert summary["storage"]["io_errors"] == summary["storage"]["verify_errors"] == 0
+
+
+def test_ranks_play_different_users(result: tuple[Path, dict[str, Any]]) -> None:
+    """Each rank has a random stream of its own, and the ranks are those of one run."""
+    first, second = ranks_of(result[0])
+    assert (first["rank"], second["rank"]) == (0, 1)
+    assert first["run_id"] == second["run_id"] == result[1]["run_id"]
+    assert first["workload_digest"] != second["workload_digest"]
+
+
+def test_percentiles_are_of_the_pooled_samples(result: tuple[Path, dict[str, Any]]) -> None:
+    """The summary's median write is the one that this test finds in the added-up buckets of both ranks."""
+    directory, summary = result
+    pooled: dict[int, int] = {}
+    for rank in ranks_of(directory):
+        for bucket, count in rank["latency"]["storage_write"]["counts"].items():
+            pooled[int(bucket)] = pooled.get(int(bucket), 0) + count
+    total = sum(pooled.values())
+    assert total == summary["latency"]["storage_write"]["count"] >= 20
+    seen = 0
+    for bucket in sorted(pooled):
+        seen += pooled[bucket]
+        if seen * 2 >= total:
+            break
+    # A bucket above 256 ns: exponent in the upper part of its number, seven bits of mantissa below.
+    exponent = bucket // 128 - 1
+    low_ns = (bucket - exponent * 128) * 2**exponent
+    assert low_ns <= summary["latency"]["storage_write"]["p50_ms"] * 1e6 <= low_ns + 2**exponent
+
+
+def test_metadata_names_ranks_and_hosts(result: tuple[Path, dict[str, Any]]) -> None:
+    """Metadata says how the ranks were started and where they ran, and by which MPI."""
+    directory, summary = result
+    (path,) = directory.glob("kv_cache_*_metadata.json")
+    metadata = json.loads(path.read_text())
+    assert metadata["num_processes"] == metadata["ranks"] == 2
+    assert metadata["exec_type"] == "mpi"
+    assert metadata["hosts"] == ["127.0.0.1"]
+    assert metadata["software"]["mpi"]
+    (host,) = summary["hosts"]
+    assert host["host"] == os.uname().nodename
+    assert host["ranks"] == 2
+    assert host["first_done_s"] <= host["last_done_s"]

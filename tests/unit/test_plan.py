@@ -1,0 +1,255 @@
+"""Plans, worked by hand: sizes, automatic limits, refusals, layouts, estimates."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlpstorage.config import GIB, MIB
+from mlpstorage.errors import ConfigurationError
+from mlpstorage.plan.datasize import data_sizes
+from mlpstorage.plan.kvcache import (
+    Layout,
+    check_room,
+    gib,
+    layout,
+    rank_directory,
+    sizes,
+    warmup_s,
+    with_automatic_sizes,
+)
+from mlpstorage.spec.kvcache import KVCacheSpec
+
+
+def spec(**values: Any) -> KVCacheSpec:  # noqa: ANN401 - fields of the spec
+    """A spec with those values."""
+    return KVCacheSpec.model_validate(values)
+
+
+def is_here(name: str) -> bool:
+    """Whether a host of these tests is this machine."""
+    return name in {"127.0.0.1", "here"}
+
+
+# Sizes
+
+
+def test_sizes_of_llama() -> None:
+    """2 x 32 layers x 8 heads x 128 values x 2 bytes = 128 KiB a token; 256 tokens are 32 MiB, without padding."""
+    planned = sizes(spec(model="llama3.1-8b", gpu_mem_gb=16, cpu_mem_gb=1, storage_gb=2.5, io_threads=8), 256)
+    assert planned.bytes_per_token == 128 * 1024
+    assert planned.object_bytes == planned.stored_bytes == 32 * MIB
+    assert (planned.gpu_blocks, planned.cpu_blocks, planned.storage_blocks) == (512, 32, 80)
+    assert planned.in_flight_bytes == 256 * MIB
+
+
+def test_sizes_of_deepseek_are_padded() -> None:
+    """61 layers x 576 values x 2 bytes = 70,272 a token; 16 tokens are 1,124,352 bytes, 274.5 pages, so 275."""
+    planned = sizes(spec(model="deepseek-v3", gpu_mem_gb=1, cpu_mem_gb=1, storage_gb=1), 16)
+    assert planned.bytes_per_token == 70_272
+    assert planned.object_bytes == 1_124_352
+    assert planned.stored_bytes == 275 * 4096 == 1_126_400
+    # The GPU holds objects without padding.
+    assert planned.gpu_blocks == GIB // 1_124_352 == 954
+    assert planned.cpu_blocks == planned.storage_blocks == GIB // 1_126_400 == 953
+
+
+def test_capacities_are_whole_objects() -> None:
+    """A tier of one byte less than three objects holds two; what is left to the run is not known."""
+    planned = sizes(spec(cpu_mem_gb=(96 * MIB - 1) / GIB, gpu_mem_gb=0), 256)
+    assert (planned.gpu_blocks, planned.cpu_blocks, planned.storage_blocks) == (0, 2, None)
+    assert sizes(spec(), 256).cpu_blocks is None
+
+
+def test_the_write_queue_holds_two_objects_for_each_thread_at_least() -> None:
+    """A GiB of them where they are small; large objects would leave threads idle."""
+    assert sizes(spec(), 256).write_queue_blocks == 32
+    assert sizes(spec(model="llama2-7b", io_threads=64), 4096).write_queue_blocks == 128
+    assert sizes(spec(model="tiny-1b"), 16).write_queue_blocks == GIB // (12 * 2 * 4 * 128 * 2 * 16) == 2730
+
+
+@pytest.mark.parametrize(("storage_gb", "blocks"), [(100, 32), (4, 32), (2.5, 20), (0.1, 1), (0.01, 1)])
+def test_the_write_queue_takes_a_quarter_of_the_storage_tier_at_most(storage_gb: float, blocks: int) -> None:
+    """2.5 GiB are 80 objects of 32 MiB; a queue of none would let nothing through."""
+    assert sizes(spec(storage_gb=storage_gb), 256).write_queue_blocks == blocks
+
+
+@pytest.mark.parametrize(
+    ("values", "seconds"),
+    [
+        ({"duration": 60}, 12.0),
+        ({"duration": 10}, 2.0),
+        ({"duration": 300}, 60.0),
+        ({"duration": 3600}, 60.0),
+        ({"duration": 60, "warmup": 0}, 0.0),
+        ({"duration": 60, "warmup": 100}, 100.0),
+    ],
+)
+def test_warm_up(values: dict[str, float], seconds: float) -> None:
+    """A fifth of the duration, at most a minute, unless it is given."""
+    assert warmup_s(spec(**values)) == seconds
+
+
+# Automatic sizes
+
+
+def automatic(given: KVCacheSpec, memory_gib: float, total_gib: float, free_gib: float, ranks: int = 1) -> KVCacheSpec:
+    """The spec with its sizes worked out for such a host."""
+    return with_automatic_sizes(
+        given,
+        memory_free_bytes=int(memory_gib * GIB),
+        storage_total_bytes=int(total_gib * GIB),
+        storage_free_bytes=int(free_gib * GIB),
+        ranks_on_host=ranks,
+    )
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "ranks", "cpu_mem_gb"),
+    [(20, 1, 10.0), (20, 4, 2.5), (1000, 1, 32.0), (200, 2, 32.0), (0.001, 1, 0.0)],
+)
+def test_dram_is_32_gib_or_half_of_what_is_free_for_the_rank(memory_gib: float, ranks: int, cpu_mem_gb: float) -> None:
+    """Whichever is less, in whole MiB."""
+    assert automatic(spec(), memory_gib, 100, 100, ranks).cpu_mem_gb == cpu_mem_gb
+
+
+@pytest.mark.parametrize(("free_gib", "ranks", "storage_gb"), [(100, 1, 80.0), (50, 1, 30.0), (50, 3, 10.0)])
+def test_storage_leaves_a_fifth_of_the_file_system_free(free_gib: float, ranks: int, storage_gb: float) -> None:
+    """Of 100 GiB, 20 stay free; the ranks of a host share the rest."""
+    assert automatic(spec(), 10, 100, free_gib, ranks).storage_gb == storage_gb
+
+
+def test_a_file_system_that_is_nearly_full_needs_a_limit_from_the_user() -> None:
+    """The message names what is free, and the flags that help."""
+    with pytest.raises(ConfigurationError, match=r"15\.00 GiB free of 100\.00 GiB.*--storage-gb.*--cache-dir"):
+        automatic(spec(), 10, 100, 15)
+    assert automatic(spec(storage_gb=3), 10, 100, 15).storage_gb == 3
+
+
+def test_what_was_given_is_kept() -> None:
+    """Only what was left to the program is worked out, the warm-up too."""
+    given = spec(cpu_mem_gb=0, storage_gb=7, warmup=1)
+    assert automatic(given, 10, 100, 100) == given
+    assert automatic(spec(duration=50), 10, 100, 100).warmup == 10.0
+
+
+# Room
+
+
+def check(
+    given: KVCacheSpec, *, memory_gib: float = 100, free_gib: float = 100, ranks: int = 1, block_tokens: int = 256
+) -> None:
+    """Check a spec against such a host."""
+    check_room(
+        given,
+        sizes(given, block_tokens),
+        memory_free_bytes=int(memory_gib * GIB),
+        storage_free_bytes=int(free_gib * GIB),
+        ranks_on_host=ranks,
+        where="/mnt/cache",
+    )
+
+
+def test_a_plan_that_fits_is_not_refused() -> None:
+    """To the byte: 1 GiB of DRAM, 8 x 32 MiB in flight and 300 MiB; 10 GiB of storage."""
+    check(spec(cpu_mem_gb=1, storage_gb=10), memory_gib=(1024 + 256 + 300) / 1024, free_gib=10)
+
+
+def test_too_little_memory_is_refused_with_the_need_and_the_flag() -> None:
+    """Two ranks of 1 GiB + 256 MiB + 300 MiB each need 3.09 GiB."""
+    with pytest.raises(
+        ConfigurationError, match=r"not enough memory.*3\.09 GiB for 2 ranks.*3\.00 GiB are free.*--cpu-mem-gb"
+    ):
+        check(spec(cpu_mem_gb=1, storage_gb=10), memory_gib=3, ranks=2)
+
+
+def test_too_little_space_is_refused_with_the_need_and_the_flag() -> None:
+    """Three ranks of 10 GiB do not fit into 29."""
+    with pytest.raises(
+        ConfigurationError,
+        match=r"not enough space.*30\.00 GiB for 3 ranks in /mnt/cache, 29\.00 GiB are free.*--storage-gb.*--cache-dir",
+    ):
+        check(spec(cpu_mem_gb=0, storage_gb=10), free_gib=29, ranks=3)
+
+
+def test_a_storage_tier_without_room_for_one_object_is_refused() -> None:
+    """31 MiB hold no object of 32 MiB; they do hold one of half its tokens."""
+    small = spec(cpu_mem_gb=0, storage_gb=31 / 1024)
+    with pytest.raises(ConfigurationError, match=r"holds no object of 32\.00 MiB.*--storage-gb.*--block-tokens"):
+        check(small)
+    check(small, block_tokens=128)
+
+
+# Layout
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, Layout(ranks=1, ranks_here=1, uses_mpi=False)),
+        ({"num_processes": 1}, Layout(ranks=1, ranks_here=1, uses_mpi=False)),
+        ({"num_processes": 4}, Layout(ranks=4, ranks_here=4, uses_mpi=True)),
+        ({"hosts": ["here:3"]}, Layout(ranks=3, ranks_here=3, uses_mpi=True)),
+        ({"hosts": ["there"]}, Layout(ranks=1, ranks_here=0, uses_mpi=True)),
+        ({"hosts": ["h[1-4]"]}, Layout(ranks=4, ranks_here=0, uses_mpi=True)),
+        ({"hosts": ["h1:4", "h2"]}, Layout(ranks=5, ranks_here=0, uses_mpi=True)),
+        ({"hosts": ["h1", "h2"], "num_processes": 8}, Layout(ranks=8, ranks_here=0, uses_mpi=True)),
+    ],
+)
+def test_layout(values: dict[str, object], expected: Layout) -> None:
+    """MPI where another machine is named or there are several ranks; a rank for each host or slot by default."""
+    assert layout(spec(**values), is_here) == expected
+
+
+def test_each_rank_has_a_directory_of_its_own() -> None:
+    """Below the cache directory."""
+    assert rank_directory(Path("/c"), 0) != rank_directory(Path("/c"), 1)
+    assert rank_directory(Path("/c"), 12).parent == Path("/c")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(GIB, "1.00 GiB"), (GIB // 2, "0.50 GiB"), (32 * MIB, "32.00 MiB"), (0, "0.00 MiB")]
+)
+def test_bytes_for_people(count: int, text: str) -> None:
+    """GiB from a tenth of one, MiB below."""
+    assert gib(count) == text
+
+
+# Estimates
+
+
+def test_data_sizes_of_llama() -> None:
+    """131,072 bytes a token x 20,000 tokens a second = 2.44 GiB/s; 2,048 tokens are 8 blocks of 32 MiB a user."""
+    estimate = data_sizes(spec(num_users=100, gpu_mem_gb=16, cpu_mem_gb=32, storage_gb=100))
+    assert estimate.bytes_per_token == 131_072
+    assert estimate.bytes_per_block == estimate.stored_bytes_per_block == 33_554_432
+    assert estimate.padding_bytes_per_block == 0
+    assert estimate.break_even_gib_per_s == pytest.approx(2_621_440_000 / 1_073_741_824)
+    first = estimate.contexts[0]
+    assert (first.context_tokens, first.blocks_per_user) == (2048, 8)
+    assert first.bytes_per_user == 8 * 33_554_432
+    assert first.bytes_all_users == 100 * 8 * 33_554_432
+    assert [(tier.tier, tier.blocks, tier.tokens) for tier in estimate.tiers] == [
+        ("gpu", 512, 131_072),
+        ("cpu", 1024, 262_144),
+        ("storage", 3200, 819_200),
+    ]
+    assert (estimate.total_blocks, estimate.total_tokens) == (4736, 1_212_416)
+
+
+def test_data_sizes_without_every_tier_have_no_total() -> None:
+    """What is left to the run is None, never 0."""
+    estimate = data_sizes(spec())
+    assert [tier.blocks for tier in estimate.tiers] == [512, None, None]
+    assert (estimate.total_blocks, estimate.total_tokens) == (None, None)
+    assert estimate.as_dict()["total_blocks"] is None
+
+
+def test_data_sizes_count_full_blocks_with_their_padding() -> None:
+    """2,048 tokens hold 20 blocks of 100; each of DeepSeek's is 7,027,200 bytes in 1,716 pages."""
+    estimate = data_sizes(spec(model="deepseek-v3", block_tokens=100, num_users=3))
+    assert estimate.bytes_per_block == 7_027_200
+    assert estimate.stored_bytes_per_block == 1716 * 4096
+    assert estimate.padding_bytes_per_block == 1536
+    assert estimate.contexts[0].blocks_per_user == 20
+    assert estimate.contexts[0].bytes_all_users == 3 * 20 * 1716 * 4096

@@ -1,0 +1,155 @@
+"""What a rank counts: cases worked by hand, at the edges of the window."""
+
+import pytest
+
+from mlpstorage.config import Tier
+from mlpstorage.kvcache.recorder import Answered, Recorder, RequestTally, StorageTally, TierTally, counts
+from mlpstorage.results.models import LATENCIES, RequestCounts, StorageCounts
+from mlpstorage.storage.ops import Op, OpDone, OpKind
+from mlpstorage.storage.payload import VerifyError
+from mlpstorage.storage.pool import OperationSkippedError
+
+
+def recorder() -> Recorder:
+    """Objects of 1,000 bytes, padded to 4,096, in a window from 100 ns to 200 ns."""
+    return Recorder(object_bytes=1000, stored_bytes=4096, window_ns=(100, 200))
+
+
+def done(
+    kind: OpKind, end_ns: int = 150, *, direct: bool | None = None, verified: int = 0, error: Exception | None = None
+) -> OpDone:
+    """An operation that waited 5 ns and took 20 ns."""
+    return OpDone(Op(kind, 1), end_ns - 25, end_ns - 20, end_ns, direct, verified, error)
+
+
+def answered(done_ns: int, saved_ns: int | None = None) -> Answered:
+    """A request of ten tokens in five blocks, of which three were found."""
+    return Answered(
+        done_ns=done_ns,
+        prompt_tokens=10,
+        output_tokens=4,
+        prompt_blocks=5,
+        cached_tokens={Tier.GPU: 2, Tier.CPU: 3, Tier.STORAGE: 1},
+        hit_blocks={Tier.GPU: 1, Tier.CPU: 1, Tier.STORAGE: 1},
+        ttft_ns=7,
+        ttft_saved_ns=saved_ns,
+    )
+
+
+@pytest.mark.parametrize(("at_ns", "inside"), [(99, False), (100, True), (199, True), (200, False)])
+def test_the_window_holds_its_first_moment_and_not_its_end(at_ns: int, inside: bool) -> None:
+    """Completion decides, for operations, requests and latencies alike; the totals take all."""
+    it = recorder()
+    it.operations([done(OpKind.READ, at_ns)])
+    it.answered(answered(at_ns))
+    it.first_token(at_ns, 9)
+    it.failed(at_ns)
+    it.dropped(at_ns, 2)
+    it.deduplicated(at_ns, 3)
+    it.took("lookup", at_ns - 4, at_ns)
+    it.written_behind(at_ns - 50, [done(OpKind.WRITE, at_ns)])
+    assert it.inside(at_ns) is inside
+    expected = int(inside)
+    assert (it.window.read_ops, it.total.read_ops) == (expected, 1)
+    assert (it.requests.completed, it.total_requests.completed) == (expected, 1)
+    assert (it.requests.failed, it.total_requests.failed) == (expected, 1)
+    assert (it.window.writes_dropped, it.total.writes_dropped) == (2 * expected, 2)
+    assert (it.window.dedup_skipped_bytes, it.total.dedup_skipped_bytes) == (3000 * expected, 3000)
+    for name, value_ns in {"ttft": 9, "lookup": 4, "write_behind": 50, "storage_read": 20, "queue_wait": 5}.items():
+        assert (it.latency[name].count, it.latency[name].sum_ns) == (expected, value_ns * expected)
+
+
+def test_operations_by_kind() -> None:
+    """Bytes are payload; padding is counted apart for what was read and written; a delete moves no bytes."""
+    it = recorder()
+    it.operations([done(OpKind.READ, direct=True, verified=1000), done(OpKind.READ, direct=False, verified=1000)])
+    it.operations([done(OpKind.WRITE, direct=True), done(OpKind.DELETE)])
+    assert it.window == it.total
+    assert it.window == StorageTally(
+        read_bytes=2000,
+        written_bytes=1000,
+        padding_bytes=3 * 3096,
+        deleted_bytes=1000,
+        read_ops=2,
+        write_ops=1,
+        delete_ops=1,
+        direct_files=2,
+        buffered_files=1,
+        verified_bytes=2000,
+    )
+    assert {name: it.latency[name].count for name in ("storage_read", "storage_write", "storage_delete")} == {
+        "storage_read": 2,
+        "storage_write": 1,
+        "storage_delete": 1,
+    }
+
+
+def test_copies_in_memory_are_no_storage_operations() -> None:
+    """Only their wait in the queue is counted."""
+    it = recorder()
+    it.operations([done(OpKind.COPY_IN), done(OpKind.COPY_OUT)])
+    assert it.total == it.window == StorageTally()
+    assert {name for name in LATENCIES if it.latency[name].count} == {"queue_wait"}
+
+
+def test_failed_operations_move_no_bytes() -> None:
+    """A wrong stamp and a failed call are counted apart; neither has a latency of storage."""
+    it = recorder()
+    it.operations(
+        [
+            done(OpKind.READ, error=VerifyError("object", 3, (1, 3), (0, 0))),
+            done(OpKind.WRITE, error=OSError(28, "full")),
+        ]
+    )
+    assert it.window == StorageTally(io_errors=1, verify_errors=1)
+    assert it.latency["storage_read"].count == it.latency["storage_write"].count == 0
+
+
+def test_operations_that_were_never_tried_do_not_count() -> None:
+    """Cancelled in the queue: no count, no error, no wait."""
+    it = recorder()
+    it.operations([done(OpKind.WRITE, error=OperationSkippedError("cancelled"))])
+    assert it.total == StorageTally()
+    assert it.latency["queue_wait"].count == 0
+
+
+def test_requests_add_up_by_tier() -> None:
+    """Two answers, one of which loaded something; a load that took longer than computing saves less than nothing."""
+    it = recorder()
+    it.answered(answered(150))
+    it.answered(answered(160, saved_ns=-30))
+    it.answered(answered(250, saved_ns=100))
+    assert (it.requests.completed, it.requests.prompt_tokens, it.requests.output_tokens) == (2, 20, 8)
+    assert it.requests.prompt_blocks == 10
+    assert it.requests.cached_tokens == TierTally(gpu=4, cpu=6, storage=2)
+    assert it.requests.hit_blocks == TierTally(gpu=2, cpu=2, storage=2)
+    assert (it.requests.ttft_saved_ns, it.requests.ttft_saved_requests) == (-30, 1)
+    assert (it.total_requests.ttft_saved_ns, it.total_requests.ttft_saved_requests) == (70, 2)
+
+
+def test_a_window_that_is_closed_early_has_its_true_length() -> None:
+    """What ends later is outside; closing it later than its end changes nothing."""
+    it = recorder()
+    it.close(170)
+    it.answered(answered(169))
+    it.answered(answered(170))
+    assert (it.measured_ns, it.requests.completed) == (70, 1)
+    it.close(190)
+    assert it.measured_ns == 70
+    late = recorder()
+    late.close(500)
+    assert late.measured_ns == 100
+
+
+def test_a_window_that_never_began_has_no_length() -> None:
+    """Stopped in the warm-up: nothing is inside."""
+    it = recorder()
+    it.close(40)
+    it.answered(answered(150))
+    assert (it.measured_ns, it.requests.completed, it.total_requests.completed) == (0, 0, 1)
+
+
+def test_tallies_have_the_fields_of_the_results() -> None:
+    """Every counter goes into the result files under its own name."""
+    assert StorageCounts.model_validate(counts(StorageTally(read_ops=3))).read_ops == 3
+    assert RequestCounts.model_validate(counts(RequestTally(completed=4))).completed == 4
