@@ -10,13 +10,21 @@ from mlpstorage.spec.kvcache import OUTPUT, KVCacheSpec
 def add_kvcache_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the commands `run`, `datasize` and `trace` to `parser`; the chosen one is in `command`."""
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_run(commands.add_parser("run", help="play a KV-cache load on real storage", formatter_class=_WideHelp))
-    _add_datasize(
-        commands.add_parser("datasize", help="sizes and break-even bandwidth of a load", formatter_class=_WideHelp)
+    _add_run(
+        commands.add_parser(
+            "run", help="play a KV-cache load on real storage", formatter_class=_WideHelp, allow_abbrev=False
+        )
     )
-    trace = commands.add_parser("trace", help="look into a request trace")
+    _add_datasize(
+        commands.add_parser(
+            "datasize", help="sizes and break-even bandwidth of a load", formatter_class=_WideHelp, allow_abbrev=False
+        )
+    )
+    trace = commands.add_parser("trace", help="look into a request trace", allow_abbrev=False)
     traces = trace.add_subparsers(dest="trace_command", metavar="COMMAND", required=True)
-    _add_inspect(traces.add_parser("inspect", help="count requests, blocks and what caches would find"))
+    _add_inspect(
+        traces.add_parser("inspect", help="count requests, blocks and what caches would find", allow_abbrev=False)
+    )
 
 
 class _WideHelp(argparse.HelpFormatter):

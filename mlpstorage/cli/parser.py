@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from mlpstorage import __version__
@@ -20,6 +21,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **keywords: Any) -> None:  # noqa: ANN401 - argparse's own keywords
         # An abbreviated flag would change its meaning when a longer one is added.
         super().__init__(**({"allow_abbrev": False} | keywords))
+        self.help_of: str | None = None
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line.
@@ -27,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UsageError: Always.
         """
-        raise UsageError(f"{message} (see `{self.prog} --help`)")
+        raise UsageError(f"{message} (see `{self.help_of or self.prog} --help`)")
 
 
 def build_parser(argv: Sequence[str]) -> Parser:
@@ -40,6 +42,9 @@ def build_parser(argv: Sequence[str]) -> Parser:
         program = programs.add_parser(name, help=text, description=text)
         if name == chosen:
             _add_arguments(name, program)
+    # argparse tells of an unknown flag at the top; its help is that of the command it stands behind.
+    command = list(takewhile(lambda word: not word.startswith("-"), argv))[:2]
+    parser.help_of = " ".join([parser.prog, *command])
     return parser
 
 

@@ -11,7 +11,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -69,6 +69,29 @@ class Prepared:
     warnings: tuple[str, ...]
 
 
+class _Signals:
+    """SIGINT and SIGTERM: an error while the rank prepares, a stop while it plays, nothing while it cleans up.
+
+    asyncio's own handlers would not do: closing its loop sets the default back, and a second signal would kill the
+    clean-up. (A launcher that is killed sends one for each of its threads.)
+    """
+
+    def __init__(self) -> None:
+        self.preparing = True
+        self.seen = False
+        self.notify: Callable[[], object] | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._arrived)
+
+    def _arrived(self, number: int, _frame: FrameType | None) -> None:
+        self.seen = True
+        if self.preparing:
+            self.preparing = False
+            raise InterruptedRunError(f"stopped by {signal.Signals(number).name} before the run began")
+        if self.notify is not None:
+            self.notify()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank; returns its exit code."""
     die_with_parent()
@@ -76,13 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     spec, run_id = parse_arguments(sys.argv[1:] if argv is None else argv)
     ranks = find_ranks()
     writer = EventWriter(speaks=ranks.rank == 0)
+    signals = _Signals()
     with contextlib.ExitStack() as cleanup:
-        prepared, error = _try_to_prepare(spec, run_id, ranks, cleanup)
+        prepared, error = _try_to_prepare(spec, run_id, ranks, cleanup, signals)
         exit_code = _agree(ranks, prepared, error, writer)
         if exit_code is None:
             assert prepared is not None, "every rank is prepared where none refused"
             ranks.barrier()
-            result = asyncio.run(_run(prepared, run_id, ranks, writer))
+            result = asyncio.run(_run(prepared, run_id, ranks, writer, signals))
             gathered = ranks.gather(result)
             if gathered is not None:
                 writer.send(Finished(ranks=tuple(gathered)))
@@ -97,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str]) -> tuple[KVCacheSpec, str]:
     """The spec and the run's id from a rank's command line. The environment was resolved by the launcher."""
-    parser = argparse.ArgumentParser(prog="mlpstorage.kvcache.rank")
+    parser = argparse.ArgumentParser(prog="mlpstorage.kvcache.rank", allow_abbrev=False)
     add_options(parser, KVCacheSpec, "run")
     parser.add_argument("--run-id", required=True)
     args = parser.parse_args(argv)
@@ -111,29 +135,15 @@ def die_with_parent() -> None:
 
 
 def _try_to_prepare(
-    spec: KVCacheSpec, run_id: str, ranks: Ranks, cleanup: contextlib.ExitStack
+    spec: KVCacheSpec, run_id: str, ranks: Ranks, cleanup: contextlib.ExitStack, signals: _Signals
 ) -> tuple[Prepared | None, MLPStorageError | None]:
     try:
-        with _interruptible():
-            return _prepare(spec, run_id, ranks, cleanup), None
+        prepared = _prepare(spec, run_id, ranks, cleanup)
+        signals.preparing = False
     except MLPStorageError as error:
+        signals.preparing = False
         return None, error
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into an error while there is no event loop; afterwards they are ignored until one is."""
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise InterruptedRunError(f"stopped by {signal.Signals(number).name} before the run began")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+    return prepared, None
 
 
 def _prepare(spec: KVCacheSpec, run_id: str, ranks: Ranks, cleanup: contextlib.ExitStack) -> Prepared:
@@ -231,13 +241,14 @@ def _agree(
     return None
 
 
-async def _run(prepared: Prepared, run_id: str, ranks: Ranks, writer: EventWriter) -> RankResult:
+async def _run(prepared: Prepared, run_id: str, ranks: Ranks, writer: EventWriter, signals: _Signals) -> RankResult:
     spec, planned = prepared.spec, prepared.planned
     assert spec.warmup is not None, "worked out"
     stop = Stop()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.interrupt)
+    signals.notify = lambda: loop.call_soon_threadsafe(stop.interrupt)
+    if signals.seen:
+        stop.interrupt()
     io_before = _process_io()
     played = await play(
         rank=ranks.rank,
@@ -265,8 +276,7 @@ async def _run(prepared: Prepared, run_id: str, ranks: Ranks, writer: EventWrite
         stop=stop,
         on_sample=lambda sample: writer.send(Progress(sample=sample)),
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signals.notify = None
     return _result(prepared, played, run_id, ranks, io_before)
 
 

@@ -67,8 +67,12 @@ def run_job(
             raise AccessError(f"cannot start {command[0]}: {error.strerror}") from error
     assert process.stdout is not None, "it is a pipe"
     with process, _passed_on(process) as interruption:
-        for line in process.stdout:
-            on_line(line)
+        try:
+            for line in process.stdout:
+                on_line(line)
+        except BaseException:  # whatever it is, the job must not run on without a listener
+            _signal_group(process, signal.SIGTERM)
+            raise
         returncode = process.wait()
     return JobOutcome(returncode=returncode, interrupted=interruption.is_set(), stderr_tail=_tail(stderr_path))
 

@@ -5,7 +5,7 @@ Precedence: flag, environment, config file, default.
 
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -121,9 +121,16 @@ def flag_of(model: type[Spec], name: str) -> str:
 
 
 def _flag_values(model: type[Spec], args: Namespace) -> dict[str, Any]:
-    known = vars(args)
-    given: Iterable[str] = known["given"] if "given" in known else [key for key in known if known[key] is not None]
-    return {name: known[name] for name in given if name in model.model_fields}
+    known = {name: value for name, value in vars(args).items() if name in model.model_fields and value is not None}
+    if not hasattr(args, "given"):
+        return known
+    # What a script has changed since the parser ran counts as given, too.
+    return {name: value for name, value in known.items() if name in args.given or not _is_default(model, name, value)}
+
+
+def _is_default(model: type[Spec], name: str, value: object) -> bool:
+    default = model.model_fields[name].get_default(call_default_factory=True)
+    return value == default or (isinstance(value, list) and isinstance(default, tuple) and tuple(value) == default)
 
 
 def _environment_values(model: type[Spec], environment: Mapping[str, str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mlpstorage.config import EXEC_TYPE, KVCACHE_MODELS, GenerationMode, PerformanceProfile, TouchOrder
 from mlpstorage.errors import UsageError
@@ -245,6 +245,13 @@ class KVCacheSpec(Spec):
     def ttft_p95_ms_target(self) -> float:
         """Target of the verdict: MLPerf Inference's TTFT limits for Llama 2 70B, interactive and server scenario."""
         return {PerformanceProfile.LATENCY: 450.0, PerformanceProfile.THROUGHPUT: 2000.0}[self.performance_profile]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_value(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("takes a value, not true or false")
+        return value
 
     @field_validator("model")
     @classmethod

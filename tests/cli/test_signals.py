@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -84,6 +85,25 @@ def test_killed_command_leaves_neither_worker_nor_files(cli: Cli) -> None:
     (shown,) = cli.history()
     assert shown["status"] in {"interrupted", "failed"}
     assert cli.only_run().series, "what was measured until then is kept"
+
+
+def test_further_signals_do_not_stop_the_clean_up(cli: Cli) -> None:
+    """A worker that goes on being told to end removes its cache files all the same.
+
+    The kernel itself may say so several times: once for each thread of the killed command.
+    """
+    process = started(cli)
+    rank = rank_of(process)
+    process.kill()
+    process.wait(timeout=60)
+
+    def told_again() -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.terminate()
+        return gone(rank)
+
+    cli.eventually(told_again, "the worker's end")
+    assert only_the_foreign_file_is_left(cli)
 
 
 def test_killed_worker_fails_the_run(cli: Cli) -> None:

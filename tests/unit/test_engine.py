@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpstorage.config import GenerationMode, TouchOrder
-from mlpstorage.kvcache.engine import Engine, EngineConfig, WriteGate
+from mlpstorage.kvcache.engine import Admission, Engine, EngineConfig, WriteGate, admit
+from mlpstorage.kvcache.index import LruSet
 from mlpstorage.kvcache.pacing import Pacing
 from mlpstorage.kvcache.recorder import Recorder
 from mlpstorage.kvcache.request import Request
@@ -177,6 +178,18 @@ def test_a_block_is_found_only_once_it_is_stored() -> None:
 
     run_virtual(play())
     assert bench.ids(OpKind.WRITE) == [1]
+
+
+def test_admission_is_the_net_effect() -> None:
+    """Evicted and taken again has stayed; inserted and evicted again was refused; pinned blocks leave no room."""
+    tier = LruSet(2)
+    assert admit(tier, [1, 2]) == Admission([1, 2], [], [])
+    assert admit(tier, [3, 1]) == Admission([3], [2], [])
+    assert admit(tier, [4, 5, 6]) == Admission([5, 6], [3, 1], [4])
+    tier.pin(5)
+    tier.pin(6)
+    assert admit(tier, [7, 5]) == Admission([], [], [7])
+    assert admit(LruSet(0), [1]) == Admission([], [], [1])
 
 
 # Time

@@ -118,8 +118,10 @@ def test_a_program_that_may_not_run_is_named(tmp_path: Path) -> None:
 LAUNCHER = """
 import json, os, signal, sys
 from pathlib import Path
+from mlpstorage.launch import process
 from mlpstorage.launch.process import run_job
 
+process.INTERRUPT_GRACE_S = 0.3
 place, code = Path(sys.argv[1]), sys.argv[2]
 
 def on_line(line):
