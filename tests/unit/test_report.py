@@ -381,7 +381,7 @@ def run_entry(number: int = 0, **changes: object) -> RunEntry:
     metadata = {
         "error": "rank 1: disk full",
         "args": ["kvcache", "run", "--label", "a=b c"],
-        "cwd": "/work/here",
+        "cwd": "/home/ana/here",
         "executed_command": "mpirun -n 2 python -m mpi4py",
         "num_users": 100,
         "parameters": {"num_users": 100, "trace": None, "tiers": {"gpu_mem_gb": 16.0}},
@@ -519,7 +519,7 @@ def test_details_tell_the_whole_run() -> None:
     for part in (
         "rank 1: disk full",
         "kvcache run --label 'a=b c'",
-        "/work/here",
+        "/home/ana/here",
         "mpirun -n 2 python -m mpi4py",
         "disk=nvme0",
         "mlpstorage 0.1.0, python 3.11.7",
