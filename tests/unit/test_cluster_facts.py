@@ -1,7 +1,8 @@
 """Facts of a host: the parsers on files of several distributions, and what is gathered here against other sources.
 
 tests/data/hosts/debian12-x86_64 was captured on a virtual machine; the Ubuntu and Rocky files are written by hand
-after the kernel's formats, with what differs: another processor family, cgroup v2 only, network, logical and striped devices, escapes and quotes.
+after the kernel's formats, with what differs: another processor family, cgroup v2 only, network, logical and striped
+devices, escapes and quotes.
 """
 
 import ipaddress
