@@ -120,9 +120,7 @@ class KVCacheSpec(Spec):
     cache_dir: Annotated[
         Path | None,
         Field(description="directory for the cache files, on the storage to be measured"),
-        Option(
-            flags=("--cache-dir",), group=TIERS, metavar="DIR", commands=BOTH, default_text="below the result directory"
-        ),
+        Option(flags=("--cache-dir",), group=TIERS, metavar="DIR", default_text="below the result directory"),
     ] = None
     touch: Annotated[
         TouchOrder,

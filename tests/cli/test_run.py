@@ -418,3 +418,16 @@ def test_trace_with_reuse_reads_what_it_wrote(cli: Cli) -> None:
     assert (total["write_ops"], total["read_ops"]) == (2, 2)
     assert counted["hit_blocks"] == {"gpu": 0, "cpu": 0, "storage": 2}
     assert counted["cached_tokens"]["storage"] <= 1024
+
+
+def test_another_worker_program_is_started(cli: Cli) -> None:
+    """`--kvcache-bin-path` starts that program, with the flags of a rank, in the place of the built-in one."""
+    worker = cli.place / "a worker.sh"
+    worker.write_text(
+        f'#!/bin/sh\ntouch "{cli.place}/was here"\nexec "{sys.executable}" -m mlpstorage.kvcache.rank "$@"\n'
+    )
+    worker.chmod(0o755)
+    run = cli.play("--kvcache-bin-path", worker)
+    assert (cli.place / "was here").exists()
+    assert run.metadata["parameters"]["kvcache_bin_path"] == str(worker)
+    assert run.summary["requests"]["completed"] > 0

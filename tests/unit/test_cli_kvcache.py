@@ -105,8 +105,17 @@ def test_every_model_is_accepted(model: str) -> None:
 def test_an_estimate_has_no_host_or_mpi_option() -> None:
     """`datasize` runs nothing."""
     names = set(vars(parsed("datasize")))
-    assert {"model", "num_users", "gpu_mem_gb", "cpu_mem_gb", "storage_gb", "cache_dir", "block_tokens"} <= names
-    assert not names & {"hosts", "exec_type", "num_processes", "mpi_bin", "mpi_params", "what_if", "duration"}
+    assert {"model", "num_users", "gpu_mem_gb", "cpu_mem_gb", "storage_gb", "block_tokens"} <= names
+    assert not names & {
+        "hosts",
+        "exec_type",
+        "num_processes",
+        "mpi_bin",
+        "mpi_params",
+        "what_if",
+        "duration",
+        "cache_dir",
+    }
 
 
 def test_trace_inspect_takes_capacities() -> None:
