@@ -3,6 +3,8 @@
 # make bench  the project's own measurements against fio (Debian package: fio)
 PYTHON ?= python3
 VENV   := .venv
+# Tests are run by so many processes, a file by one of them.
+TEST_PROCESSES ?= 2
 BIN    := $(VENV)/bin
 
 .PHONY: run test lint format bench clean
@@ -12,7 +14,7 @@ run: $(VENV)/.installed
 	  --gpu-mem-gb 0 --cpu-mem-gb 0.25 --storage-gb 3
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
@@ -23,9 +25,10 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-dev
 	@command -v fio >/dev/null || { echo "make bench needs fio (Debian: apt-get install fio)" >&2; exit 1; }
-	$(BIN)/python bench/fio_ratio.py
+	@status=0; for one in client storage engines; do \
+	  echo "bench/$$one.py"; $(BIN)/python bench/$$one.py || status=1; done; exit $$status
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -78,3 +78,72 @@ class TouchOrder(enum.StrEnum):
 
     HEAD = "head"
     TAIL = "tail"
+
+
+class Layout(enum.StrEnum):
+    """How objects lie on storage."""
+
+    FILE = "file"
+    SLAB = "slab"
+    BUCKET = "bucket"
+    OBJECT = "object"
+    NULL = "null"
+
+
+class IoEngineName(enum.StrEnum):
+    """What moves the bytes."""
+
+    THREADS = "threads"
+    URING = "uring"
+
+
+class IoPriority(enum.StrEnum):
+    """Which operation an I/O thread takes next."""
+
+    SPLIT = "split"
+    STRICT = "strict"
+
+
+class DirectMode(enum.StrEnum):
+    """Whether files are opened for direct I/O."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+class WriteSync(enum.StrEnum):
+    """When writes are forced to stable storage."""
+
+    NONE = "none"
+    FILE = "file"
+    BATCH = "batch"
+
+
+class Verify(enum.StrEnum):
+    """What of an object that was read is checked."""
+
+    OFF = "off"
+    STAMP = "stamp"
+    FULL = "full"
+
+
+class StorePolicy(enum.StrEnum):
+    """From which use on a block is stored."""
+
+    ALWAYS = "always"
+    SECOND_USE = "second-use"
+
+
+class Eviction(enum.StrEnum):
+    """What happens where the storage tier is full."""
+
+    LRU = "lru"
+    NONE = "none"
+
+
+class WriteOverflow(enum.StrEnum):
+    """What happens to new blocks where the write queue is full."""
+
+    BLOCK = "block"
+    DROP = "drop"

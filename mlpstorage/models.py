@@ -48,6 +48,30 @@ class ModelShape:
         """Bytes that the sliding-window layers keep of one sequence, however long; 0 without such layers."""
         return self.window_layers * self.window_tokens * self._bytes_per_token_and_layer
 
+    def splits_over(self, tensor_parallel: int) -> bool:
+        """Whether the cache can be divided among so many ranks of an inference engine.
+
+        That is where each gets an equal number of whole heads, or where each gets one head and every head is kept by
+        equally many. Latent attention has nothing to divide: every rank needs all of it, and one keeps it.
+        """
+        if self.mla_values:
+            return True
+        return self.kv_heads % tensor_parallel == 0 or tensor_parallel % self.kv_heads == 0
+
+    def kv_ranks(self, tensor_parallel: int) -> int:
+        """Parts, of equal size, in which a block is kept: one under latent attention, else one a rank."""
+        return 1 if self.mla_values else tensor_parallel
+
+    def kv_rank_bytes_per_token(self, tensor_parallel: int) -> int:
+        """Bytes of a token in one of the `kv_ranks` parts: `ceil(kv_heads / tensor_parallel)` heads, or all of MLA.
+
+        The parts together are `bytes_per_token`, and more where there are fewer heads than ranks.
+        """
+        if self.mla_values:
+            return self.bytes_per_token
+        heads = -(-self.kv_heads // tensor_parallel)
+        return self.bytes_per_token // self.kv_heads * heads
+
     @property
     def _bytes_per_token_and_layer(self) -> int:
         if self.mla_values:

@@ -1,34 +1,28 @@
 """The KV-cache benchmark as scripts and the command line use it."""
 
-import logging
 import os
 import sys
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from mlpstorage.benchmarks.base import Benchmark, print_json, words_of
-from mlpstorage.cluster.facts import available_memory_bytes, cluster_information, file_system_space, host_facts
-from mlpstorage.cluster.locality import is_local
-from mlpstorage.config import BENCHMARK_TYPES, EXIT_CODE, RunStatus
-from mlpstorage.errors import (
-    AccessError,
-    ConfigurationError,
-    InterruptedRunError,
-    MissingFileError,
-    MLPStorageError,
-    RunError,
-    RunTimeoutError,
-    UsageError,
+from mlpstorage.benchmarks.job import Job, judge
+from mlpstorage.cluster.facts import (
+    FileSystemSpace,
+    available_memory_bytes,
+    cluster_information,
+    host_facts,
+    limited_space,
 )
-from mlpstorage.kvcache.events import Event, Finished, Progress, Refused, Warned, parse_event
+from mlpstorage.cluster.locality import is_local
+from mlpstorage.config import BENCHMARK_TYPES, EXIT_CODE, Layout
+from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError, UsageError
 from mlpstorage.kvcache.rank import build_workload
 from mlpstorage.kvcache.traces import MOONCAKE_BLOCK_TOKENS, effective_block_tokens
 from mlpstorage.launch.command import rank_command, rank_environment, shown
 from mlpstorage.launch.mpi import find_mpi, mpi_version
-from mlpstorage.launch.process import JobOutcome, run_job
+from mlpstorage.launch.process import run_job
 from mlpstorage.plan.datasize import data_sizes
 from mlpstorage.plan.kvcache import (
     check_room,
@@ -37,31 +31,20 @@ from mlpstorage.plan.kvcache import (
     sizes,
     warmup_s,
     with_automatic_sizes,
+    with_settled_io,
 )
-from mlpstorage.report.progress import ProgressView, progress_view
+from mlpstorage.report.progress import progress_view
 from mlpstorage.results.directory import CACHE_DIR, LOGS_DIR, RANKS_DIR, write_json_atomic, write_jsonl_atomic
 from mlpstorage.results.merge import merge_ranks
-from mlpstorage.results.models import RankResult, Sample, Summary
+from mlpstorage.results.models import RankResult, Summary
 from mlpstorage.spec.fields import Resolved, Source, resolve
-from mlpstorage.spec.kvcache import KVCacheSpec
-from mlpstorage.storage.cache_dir import clear_leftovers
+from mlpstorage.spec.kvcache import KVCacheSpec, flag_words
+from mlpstorage.storage.cache_dir import clear_leftovers, leftover_bytes
+from mlpstorage.storage.claim import Removed
+from mlpstorage.storage.location import S3Location
 
 UNBUILT = ("enable_rag", "enable_autoscaling", "closed")
 """Switches that a script's namespace may hold and that have nothing behind them yet: refused where they are set."""
-
-_ERROR_OF_CODE: dict[int, type[MLPStorageError]] = {
-    int(kind.exit_code): kind
-    for kind in (
-        MLPStorageError,
-        UsageError,
-        MissingFileError,
-        AccessError,
-        ConfigurationError,
-        RunError,
-        RunTimeoutError,
-        InterruptedRunError,
-    )
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +69,9 @@ class KVCacheBenchmark(Benchmark):
         config_file = given.get("config_file")
         resolved = resolve(KVCacheSpec, args, config_file=None if config_file is None else Path(config_file))
         self._sources: dict[str, Source] = dict(resolved.sources)
-        self._spec = _absolute(resolved)
+        given_spec = _absolute(resolved)
+        self._spec = with_settled_io(given_spec)
+        self._sources.update(dict.fromkeys(_changed(given_spec, self._spec), "auto"))
         self._shell = Shell(
             json=bool(given.get("json")), quiet=bool(given.get("quiet")), verbose=bool(given.get("verbose"))
         )
@@ -111,13 +96,19 @@ class KVCacheBenchmark(Benchmark):
         return self._spec.num_processes
 
     @property
-    def cache_dir(self) -> Path:
-        """Where the cache files go."""
+    def cache_dir(self) -> Path | S3Location:
+        """Where the objects of the cache go."""
         if self._spec.cache_dir is not None:
             return self._spec.cache_dir
         if self._result_dir is None:
             return self.results_dir.absolute()
         return self._result_dir.absolute() / CACHE_DIR
+
+    @property
+    def _cache_path(self) -> Path | None:
+        """Where the cache files go; None where the layout has no files."""
+        where = self.cache_dir
+        return where if isinstance(where, Path) and self._spec.store_layout is not Layout.NULL else None
 
     @property
     def summary(self) -> Summary | None:
@@ -142,23 +133,10 @@ class KVCacheBenchmark(Benchmark):
     def _arguments(self) -> list[str]:
         if self._words is not None:
             return list(self._words)
-        flags = self._spec.options()
         words = ["kvcache", self.command]
-        for name, option in flags.items():
-            if self._sources[name] != "flag" or self.command not in option.commands:
-                continue
-            value = getattr(self._spec, name)
-            if value is True:
-                words.append(option.flags[0])
-            elif name == "mpi_params":
-                for group in value:
-                    words += [f"{option.flags[0]}={item}" for item in group]
-            elif isinstance(value, dict):
-                words += [option.flags[0], *(f"{key}={text}" for key, text in value.items())]
-            elif isinstance(value, tuple):
-                words += [option.flags[0], *map(str, value)]
-            elif value is not False:
-                words += [option.flags[0], str(value)]
+        for name, option in self._spec.options().items():
+            if self._sources[name] == "flag" and self.command in option.commands:
+                words += flag_words(self._spec, name)
         return words
 
     def _own_metadata(self) -> dict[str, object]:
@@ -194,7 +172,7 @@ class KVCacheBenchmark(Benchmark):
         """Facts of this machine where all ranks run here; those of other hosts come from their ranks."""
         if self._cluster_collector is not None:
             return self._cluster_collector()
-        return cluster_information([host_facts(self.cache_dir)]) if self._layout.ranks_here else None
+        return cluster_information([host_facts(self._cache_path)]) if self._layout.ranks_here else None
 
     def _mpi_version(self) -> str | None:
         return self._mpi
@@ -207,17 +185,17 @@ class KVCacheBenchmark(Benchmark):
         if self._spec.trace is not None:
             build_workload(self._spec, 0, self._layout.ranks)
         if self._layout.ranks_here:
-            _check_cache_dir(self.cache_dir)
+            if self._cache_path is not None:
+                _check_cache_dir(self._cache_path)
             self._fit_to_this_machine(self._block_tokens)
 
     def _fit_to_this_machine(self, block_tokens: int) -> None:
         """Work out the sizes that were left to the program, and refuse what does not fit."""
-        space, memory_bytes = file_system_space(self.cache_dir), available_memory_bytes()
+        space, memory_bytes = self._space(), available_memory_bytes()
         resolved = with_automatic_sizes(
             self._spec,
             memory_free_bytes=memory_bytes,
-            storage_total_bytes=space.total_bytes,
-            storage_free_bytes=space.free_bytes,
+            space=space,
             ranks_on_host=self._layout.ranks_here,
         )
         self._sources.update(dict.fromkeys(_changed(self._spec, resolved), "auto"))
@@ -226,13 +204,24 @@ class KVCacheBenchmark(Benchmark):
             resolved,
             sizes(resolved, block_tokens),
             memory_free_bytes=memory_bytes,
-            storage_free_bytes=space.free_bytes,
+            storage_free_bytes=None if space is None else space.free_bytes,
             ranks_on_host=self._layout.ranks_here,
             where=str(self.cache_dir),
         )
 
+    def _space(self) -> FileSystemSpace | None:
+        """Room for the cache files, with what a dead run's take now and what is to be reused; None where unknown."""
+        if self._cache_path is None:
+            return None
+        space = limited_space(self._cache_path)
+        if space is None:
+            return None
+        places = [rank_directory(self._cache_path, rank) for rank in range(self._layout.ranks_here)]
+        ours_bytes = sum(leftover_bytes(place, reuse=self._spec.reuse_cache) for place in places)
+        return replace(space, free_bytes=space.free_bytes + ours_bytes)
+
     def _perform(self) -> None:
-        job = _Job(
+        job = Job(
             progress_view(
                 planned_s=warmup_s(self._spec) + self._spec.duration, quiet=self._shell.quiet or self._shell.json
             ),
@@ -255,14 +244,16 @@ class KVCacheBenchmark(Benchmark):
         self._remove_own_cache_dir()
         if job.ranks:
             self._write_results(job.ranks)
-        _judge(outcome, job, self._summary)
+        judge(outcome, job, self._summary)
 
     def _clear_leftovers(self) -> None:
         """Remove what a rank that was killed had no time to remove; only where it ran on this machine."""
+        if self._spec.store_layout is Layout.NULL:
+            return
         for rank in range(self._layout.ranks_here):
             place = rank_directory(self.cache_dir, rank)
             try:
-                cleared = clear_leftovers(place, self.run_id)
+                cleared = _clear(place, self.run_id)
             except MLPStorageError as error:
                 self.logger.warning("cache files of this run are left in %s: %s", place, error)
                 continue
@@ -273,17 +264,20 @@ class KVCacheBenchmark(Benchmark):
 
     def _remove_own_cache_dir(self) -> None:
         """Remove the cache directory below the result directory, which the ranks have left empty."""
-        if self._spec.cache_dir is None and self._layout.ranks_here and self.cache_dir.is_dir():
+        where = self._cache_path
+        if self._spec.cache_dir is not None or self._spec.keep_cache or not self._layout.ranks_here:
+            return
+        if where is not None and where.is_dir():
             try:
-                self.cache_dir.rmdir()
+                where.rmdir()
             except OSError:
-                self.logger.warning("%s is not empty and stays", self.cache_dir)
+                self.logger.warning("%s is not empty and stays", where)
 
     def _write_results(self, ranks: tuple[RankResult, ...]) -> None:
         self._summary = merge_ranks(
             ranks,
             prefill_tokens_per_s=self._spec.prefill_tokens_per_s,
-            bytes_per_token=self._spec.shape.bytes_per_token,
+            bytes_per_token=self._spec.bytes_per_token,
             ttft_p95_ms_target=self._spec.ttft_p95_ms_target,
         )
         if self._cluster_collector is None and not self._layout.ranks_here:
@@ -357,70 +351,12 @@ class KVCacheBenchmark(Benchmark):
         return EXIT_CODE.SUCCESS
 
 
-class _Job:
-    """Listens to the ranks while they run."""
+def _clear(place: Path | S3Location, run_id: str) -> Removed | None:
+    if isinstance(place, Path):
+        return clear_leftovers(place, run_id)
+    from mlpstorage.storage.object_claim import clear_prefix  # noqa: PLC0415 - obstore is an optional package
 
-    def __init__(self, view: ProgressView, result_dir: Path, logger: logging.Logger) -> None:
-        self._view = view
-        self._logger = logger
-        self._series = (result_dir / "timeseries.jsonl").open("a", encoding="utf-8")
-        self._other = (result_dir / LOGS_DIR / "ranks.stdout.log").open("ab")
-        self.ranks: tuple[RankResult, ...] = ()
-        self.refusal: Refused | None = None
-        self.last_sample: Sample | None = None
-
-    def line(self, line: bytes) -> None:
-        """Take one line of the ranks' standard output."""
-        try:
-            event = parse_event(line)
-        except ValidationError:
-            self._other.write(line)
-            return
-        self._take(event)
-
-    def _take(self, event: Event) -> None:
-        match event:
-            case Progress(sample=sample):
-                self.last_sample = sample
-                self._series.write(sample.model_dump_json() + "\n")
-                self._series.flush()
-                self._view.show(sample)
-            case Warned(message=message):
-                self._logger.warning("%s", message)
-            case Refused():
-                self.refusal = event
-            case Finished(ranks=ranks):
-                self.ranks = ranks
-
-    def close(self) -> None:
-        """End the view and the files."""
-        self._view.close()
-        self._series.close()
-        self._other.close()
-
-
-def _judge(outcome: JobOutcome, job: _Job, summary: Summary | None) -> None:
-    """Raise where the run is not complete."""
-    if outcome.interrupted:
-        kept = "partial results are kept" if summary is not None else "there are no results yet"
-        raise InterruptedRunError(f"interrupted; {kept}")
-    if job.refusal is not None:
-        raise _error_of(job.refusal.exit_code, job.refusal.message)
-    if summary is not None and summary.status is not RunStatus.COMPLETE:
-        code = next(rank.error.exit_code for rank in job.ranks if rank.error is not None)
-        raise _error_of(code, summary.error or "a rank failed")
-    if summary is None:
-        how = (
-            f"was killed by signal {-outcome.returncode}"
-            if outcome.returncode < 0
-            else f"ended with {outcome.returncode} and without a result"
-        )
-        told = f"; it said: {outcome.stderr_tail.splitlines()[-1]}" if outcome.stderr_tail else ""
-        raise RunError(f"the rank or its launcher {how}{told}; see {LOGS_DIR}/ranks.stderr.log in the result directory")
-
-
-def _error_of(exit_code: int, message: str) -> MLPStorageError:
-    return _ERROR_OF_CODE.get(exit_code, MLPStorageError)(message)
+    return clear_prefix(place, run_id)
 
 
 def _absolute(resolved: Resolved[KVCacheSpec]) -> KVCacheSpec:
@@ -428,9 +364,9 @@ def _absolute(resolved: Resolved[KVCacheSpec]) -> KVCacheSpec:
     spec = resolved.spec
     return spec.model_copy(
         update={
-            name: getattr(spec, name).absolute()
+            name: path.absolute()
             for name in ("trace", "cache_dir", "kvcache_bin_path", "results_dir")
-            if getattr(spec, name) is not None
+            if isinstance(path := getattr(spec, name), Path)
         }
     )
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlpstorage.config import KVCACHE_MODELS
-from mlpstorage.spec.fields import ENVIRONMENT_PREFIX, Option, Spec
+from mlpstorage.spec.fields import ENVIRONMENT_PREFIX, NONE, Option, Spec
 
 GIVEN = "given"
 """Attribute of the namespace: names of the arguments that stood on the command line, as opposed to parser defaults."""
@@ -37,14 +36,13 @@ def _argument(model: type[Spec], name: str, option: Option) -> dict[str, Any]:
         return {**keywords, "switch": True}
     # A worked-out or environment-dependent default is None here; the spec has the last word.
     keywords["default"] = None if option.default_text or isinstance(default, (Path, dict)) else default
-    if name == "model":
-        keywords["choices"] = KVCACHE_MODELS
-        keywords["metavar"] = "NAME"
-        keywords["help"] = f"{keywords['help']}; one of {', '.join(KVCACHE_MODELS)}"
+    if option.choices:
+        keywords["choices"] = (*option.choices, NONE) if option.none else option.choices
+        keywords["help"] = f"{keywords['help']}; one of {', '.join(option.choices)}"
     elif isinstance(value_type, type) and issubclass(value_type, enum.Enum):
         keywords["type"] = value_type
         keywords["choices"] = list(value_type)
-    elif value_type in (int, float):
+    elif value_type in (int, float) and not option.none:
         keywords["type"] = value_type
     if option.metavar:
         keywords["metavar"] = option.metavar

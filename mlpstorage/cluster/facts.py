@@ -246,6 +246,12 @@ def file_system_space(path: Path) -> FileSystemSpace:
     )
 
 
+def limited_space(path: Path) -> FileSystemSpace | None:
+    """The same; None where the file system tells no size (ramfs), so that there is nothing to plan with."""
+    space = file_system_space(path)
+    return space if space.total_bytes else None
+
+
 def mount_facts(path: Path) -> dict[str, object]:
     """The mount that holds `path`, its type and options, and the room on it."""
     place = existing_ancestor(path)

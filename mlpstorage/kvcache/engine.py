@@ -1,134 +1,43 @@
-"""The KV-cache engine: what happens to one request, and which blocks live in which tier.
+"""The KV-cache engine: what happens to one request, over the three tiers.
 
 Control runs on one event loop. Every change to the tiers is made between two awaits, so that nothing is locked.
 """
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from mlpstorage.config import Tier, TouchOrder
-from mlpstorage.kvcache.index import LruSet, in_touch_order, leading_run
-from mlpstorage.kvcache.pacing import Pacing
+from mlpstorage.config import StorePolicy, Tier
+from mlpstorage.kvcache.block_io import Behind, BlockIO, Submitted
+from mlpstorage.kvcache.dram_tier import DramTier, SlotArena
+from mlpstorage.kvcache.engine_config import EngineConfig
+from mlpstorage.kvcache.index import LruSet, admit, in_touch_order, leading_run
 from mlpstorage.kvcache.recorder import Answered, Recorder
 from mlpstorage.kvcache.request import Request
-from mlpstorage.measure.clock import Clock
-from mlpstorage.storage.ops import Lane, Op, OpDone, OpKind
-from mlpstorage.storage.pool import OperationSkippedError
+from mlpstorage.kvcache.storage_tier import StorageTier
+from mlpstorage.kvcache.write_queue import WriteQueue
+from mlpstorage.measure.clock import NS, Clock
 
-WRITE_BATCH_BLOCKS = 16
-"""Blocks that are handed to the I/O threads, and become resident, together."""
-
-
-class BlockIO(Protocol):
-    """The I/O of a rank, as the engine sees it."""
-
-    async def run(self, chains: Sequence[Sequence[Op]], lane: Lane) -> list[OpDone]:
-        """Do a batch of operations; return when all are finished. See `storage.pool.IoPool.submit`."""
-        ...
-
-
-class SlotArena(Protocol):
-    """Where the DRAM tier's blocks lie; see `storage.arena.DramArena`."""
-
-    def allocate(self) -> int | None:
-        """A free slot; None where there is none."""
-        ...
-
-    def free(self, slot: int) -> None:
-        """Give a slot back."""
-        ...
+Found = dict[Tier, list[int]]
+"""Blocks of a leading run, in its order, by the fastest tier that holds each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """What decides the engine's behaviour; capacities are in blocks."""
+class Loaded:
+    """What became of a hit.
 
-    block_tokens: int
-    object_bytes: int
-    gpu_blocks: int
-    cpu_blocks: int
-    storage_blocks: int
-    write_queue_blocks: int
-    touch: TouchOrder
-    prefix_caching: bool
-    pacing: Pacing
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """What became of ids offered to a tier: those new in it, those thrown out for them, those it could not take."""
-
-    admitted: list[int]
-    evicted: list[int]
-    refused: list[int]
-
-
-def admit(tier: LruSet, block_ids: Iterable[int]) -> Admission:
-    """Touch or insert each id in turn and return the net effect.
-
-    An id that is inserted and evicted again for a later one counts as refused: nothing was moved for it yet. One that
-    is evicted and inserted again has stayed.
+    Attributes:
+        usable: What need not be computed.
+        load_ns: How long the load took; None where nothing was to be loaded.
+        skipped: Whether what storage held was too little to be read.
+        abandoned: Whether reading it took too long.
     """
-    fresh: dict[int, None] = {}
-    evicted: dict[int, None] = {}
-    refused: list[int] = []
-    for block_id in block_ids:
-        held = block_id in tier
-        victims = tier.insert(block_id)
-        if victims is None:
-            refused.append(block_id)
-            continue
-        if block_id in evicted:
-            del evicted[block_id]
-        elif not held:
-            fresh[block_id] = None
-        for victim in victims:
-            if victim in fresh:
-                del fresh[victim]
-                refused.append(victim)
-            else:
-                evicted[victim] = None
-    return Admission(list(fresh), list(evicted), refused)
 
-
-class WriteGate:
-    """A bound on the blocks that wait to be written: who would exceed it waits, first come first served."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.used = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    async def enter(self, blocks: int) -> None:
-        """Return when `blocks` more fit; at most `capacity` at once."""
-        if not self._waiting and self.used + blocks <= self.capacity:
-            self.used += blocks
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((blocks, turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            # Either the turn had just come, or those behind may fit where this one did not.
-            self.leave(blocks if turn.done() and not turn.cancelled() else 0)
-            raise
-
-    def leave(self, blocks: int) -> None:
-        """Make room again."""
-        self.used -= blocks
-        while self._waiting:
-            wanted, turn = self._waiting[0]
-            if turn.cancelled():
-                self._waiting.popleft()
-                continue
-            if self.used + wanted > self.capacity:
-                return
-            self._waiting.popleft()
-            self.used += wanted
-            turn.set_result(None)
+    usable: Found
+    load_ns: int | None
+    skipped: bool
+    abandoned: bool
 
 
 class Engine:
@@ -140,7 +49,8 @@ class Engine:
         arena: Slots of the DRAM tier.
         recorder: Where everything is counted.
         clock: The rank's clock.
-        on_failure: Called once for every I/O that failed.
+        on_failure: Called once for every I/O that failed, but for data that was not what had been written: the recorder
+            keeps those failures, the block is forgotten and deleted, and the request fails.
     """
 
     def __init__(
@@ -154,80 +64,74 @@ class Engine:
         on_failure: Callable[[Exception], None],
     ) -> None:
         self._config = config
-        self._io = blocks
-        self._arena = arena
         self._recorder = recorder
         self._clock = clock
-        self._on_failure = on_failure
+        self._behind = Behind(blocks, on_failure)
         self._gpu = LruSet(config.gpu_blocks)
-        self._cpu = LruSet(config.cpu_blocks)
-        self._storage = LruSet(config.storage_blocks)
-        self._cpu_slots: dict[int, int] = {}
-        self._cpu_ready: set[int] = set()
-        self._stored: set[int] = set()
-        self._deleting: dict[int, asyncio.Task[None]] = {}
-        self._gate = WriteGate(config.write_queue_blocks)
-        self._behind: set[asyncio.Task[None]] = set()
-        self._stopping = False
+        self._dram = DramTier(config, arena, self._behind)
+        self._storage = StorageTier(config, self._behind)
+        self._queue = WriteQueue(config, tier=self._storage, behind=self._behind, recorder=recorder, clock=clock)
         self.in_flight = 0
 
     @property
     def write_queue_blocks(self) -> int:
         """Blocks that wait to be written or are being written."""
-        return self._gate.used
+        return self._queue.blocks
 
     @property
     def stored_blocks(self) -> int:
         """Blocks on storage."""
-        return len(self._stored)
+        return len(self._storage.stored)
 
     @property
     def cpu_blocks(self) -> int:
         """Blocks in the DRAM tier."""
-        return len(self._cpu_ready)
+        return len(self._dram.ready)
+
+    def stored_objects(self) -> list[int]:
+        """Ids of the objects of all blocks on storage."""
+        return self._storage.objects()
+
+    def adopt(self, block_ids: Sequence[int]) -> None:
+        """Take over blocks that are on storage already, the least recent first; the oldest of too many are deleted.
+
+        The deletes have ended once the engine has settled.
+        """
+        self._storage.adopt(block_ids)
 
     async def serve(self, request: Request, intended_ns: int) -> None:
         """Play one request, from its intended arrival to its store step. Latency counts from the intended arrival."""
         self.in_flight += 1
         try:
-            found_blocks = await self._answer(request, intended_ns)
+            found = self._look_up(request.block_ids)
+            loaded = await self._answer(request, found, intended_ns)
         finally:
             self.in_flight -= 1
-        if found_blocks is not None:
-            await self._store(request.block_ids, found_blocks)
+        if loaded is not None:
+            await self._store(request.block_ids, loaded.usable)
 
     async def settle(self) -> None:
         """Wait until everything that was written behind has ended."""
-        while self._behind:
-            await asyncio.wait(set(self._behind))
+        await self._behind.settle()
 
     def stop(self) -> None:
-        """Hand no further operation to the I/O threads."""
-        self._stopping = True
+        """Hand no further operation to the I/O behind requests."""
+        self._behind.stopping = True
+        self._queue.stop()
 
-    async def _answer(self, request: Request, intended_ns: int) -> int | None:
-        """Look up, load, prefill and decode; returns how many blocks were found, None where the load failed."""
+    async def _answer(self, request: Request, found: Found, intended_ns: int) -> Loaded | None:
+        """Load, prefill and decode; returns what was loaded, None where that failed."""
         config, clock = self._config, self._clock
-        looked_up_ns = clock.now_ns()
-        found = self._look_up(request.block_ids)
-        hit_blocks = {tier: len(ids) for tier, ids in found.items()}
-        self._recorder.took("lookup", looked_up_ns, clock.now_ns())
-        load_ns = 0
-        if found[Tier.CPU] or found[Tier.STORAGE]:
-            load_ns = clock.now_ns()
-            if not await self._load(found[Tier.CPU], found[Tier.STORAGE]):
-                self._recorder.failed(clock.now_ns())
-                return None
-            loaded_ns = clock.now_ns()
-            self._recorder.took("request_load", load_ns, loaded_ns)
-            load_ns = loaded_ns - load_ns
-        cached_tokens = self._cached_tokens(request, found)
-        cached = sum(cached_tokens.values())
-        await self._wait(config.pacing.prefill_ns(request.prompt_tokens - cached))
+        loaded = await self._load(found)
+        if loaded is None:
+            self._recorder.failed(clock.now_ns())
+            return None
+        cached_tokens = self._cached_tokens(request, loaded.usable)
+        await self._wait(config.pacing.prefill_ns(request.prompt_tokens - sum(cached_tokens.values())))
         first_token_ns = clock.now_ns()
         self._recorder.first_token(first_token_ns, first_token_ns - intended_ns)
         await self._wait(config.pacing.decode_ns(request.output_tokens))
-        loaded_tokens = cached_tokens[Tier.CPU] + cached_tokens[Tier.STORAGE]
+        saved_ns = config.pacing.recompute_ns(cached_tokens[Tier.CPU] + cached_tokens[Tier.STORAGE])
         self._recorder.answered(
             Answered(
                 done_ns=clock.now_ns(),
@@ -235,181 +139,115 @@ class Engine:
                 output_tokens=request.output_tokens,
                 prompt_blocks=len(request.block_ids),
                 cached_tokens=cached_tokens,
-                hit_blocks=hit_blocks,
+                hit_blocks={tier: len(ids) for tier, ids in loaded.usable.items()},
                 ttft_ns=first_token_ns - intended_ns,
-                ttft_saved_ns=config.pacing.recompute_ns(loaded_tokens) - load_ns if loaded_tokens else None,
+                ttft_saved_ns=None if loaded.load_ns is None else saved_ns - loaded.load_ns,
+                load_skipped=loaded.skipped,
+                load_abandoned=loaded.abandoned,
             )
         )
-        return sum(hit_blocks.values())
+        return loaded
 
     async def _wait(self, time_ns: int) -> None:
         if time_ns > 0:
             await self._clock.sleep_until(self._clock.now_ns() + time_ns)
 
-    def _look_up(self, block_ids: Sequence[int]) -> dict[Tier, list[int]]:
-        """The blocks of the longest leading run, by the fastest tier that holds each."""
-        found: dict[Tier, list[int]] = {tier: [] for tier in Tier}
-        if not self._config.prefix_caching:
-            return found
-        length = leading_run(block_ids, (self._gpu, self._cpu_ready, self._stored))
-        for block_id in block_ids[:length]:
-            if block_id in self._gpu:
-                found[Tier.GPU].append(block_id)
-            elif block_id in self._cpu_ready:
-                found[Tier.CPU].append(block_id)
-            else:
-                found[Tier.STORAGE].append(block_id)
+    def _look_up(self, block_ids: Sequence[int]) -> Found:
+        """The blocks of the longest leading run."""
+        begin_ns = self._clock.now_ns()
+        found: Found = {tier: [] for tier in Tier}
+        if self._config.prefix_caching:
+            gpu, in_dram = self._gpu.ids, self._dram.ready
+            for block_id in block_ids[: leading_run(block_ids, (gpu, in_dram, self._storage.stored))]:
+                tier = Tier.GPU if block_id in gpu else Tier.CPU if block_id in in_dram else Tier.STORAGE
+                found[tier].append(block_id)
+        self._recorder.took("lookup", begin_ns, self._clock.now_ns())
         return found
 
-    def _cached_tokens(self, request: Request, found: dict[Tier, list[int]]) -> dict[Tier, int]:
+    def _cached_tokens(self, request: Request, usable: Found) -> dict[Tier, int]:
         """Tokens that need no prefill, by tier. The last token of a prompt is always computed, even on a full hit."""
-        tokens = {tier: len(ids) * self._config.block_tokens for tier, ids in found.items()}
+        tokens = {tier: len(ids) * self._config.block_tokens for tier, ids in usable.items()}
         if sum(tokens.values()) >= request.prompt_tokens:
             last = request.block_ids[-1]
-            tier = next(tier for tier, ids in found.items() if last in ids)
+            tier = next(tier for tier, ids in usable.items() if last in ids)
             tokens[tier] -= 1
         return tokens
 
-    async def _load(self, in_cpu: Sequence[int], on_storage: Sequence[int]) -> bool:
-        """Read and copy the blocks of a hit, in parallel; False where any failed."""
-        for block_id in in_cpu:
-            self._cpu.pin(block_id)
-        for block_id in on_storage:
-            self._storage.pin(block_id)
+    async def _load(self, found: Found) -> Loaded | None:
+        """Read and copy the blocks of a hit, in parallel; None where any failed.
+
+        What storage holds is computed in the place of being read where it is too little, or takes too long.
+        """
+        config = self._config
+        tokens = len(found[Tier.STORAGE]) * config.block_tokens
+        skipped = 0 < tokens <= config.min_load_tokens
+        usable = {**found, Tier.STORAGE: []} if skipped else found
+        if not usable[Tier.CPU] and not usable[Tier.STORAGE]:
+            return Loaded(usable=usable, load_ns=None, skipped=skipped, abandoned=False)
+        begin_ns = self._clock.now_ns()
+        reads = self._storage.begin_read(usable[Tier.STORAGE]) if usable[Tier.STORAGE] else None
+        copies = self._dram.begin_copy_out(usable[Tier.CPU]) if usable[Tier.CPU] else None
+        abandoned = reads is not None and not await self._in_time(reads, tokens)
+        if copies is not None:
+            await asyncio.wait({copies.finished})
+        needed = [batch for batch in (None if abandoned else reads, copies) if batch is not None]
+        if any(done.error is not None for batch in needed for done in batch.finished.result()):
+            return None
+        end_ns = self._clock.now_ns()
+        self._recorder.took("request_load", begin_ns, end_ns)
+        if abandoned:
+            usable = {**usable, Tier.STORAGE: []}
+        return Loaded(usable=usable, load_ns=end_ns - begin_ns, skipped=skipped, abandoned=abandoned)
+
+    async def _in_time(self, reads: Submitted, tokens: int) -> bool:
+        """Wait for reads; give up those that have not begun, and return False, where that takes too long."""
+        limit = self._config.load_timeout
+        if limit is None:
+            await asyncio.wait({reads.finished})
+            return True
+        until_ns = self._clock.now_ns() + round(limit.limit_s(tokens) * NS)
+        timer = asyncio.create_task(self._clock.sleep_until(until_ns))
+        either: set[asyncio.Future[Any]] = {reads.finished, timer}
         try:
-            chains = [(Op(OpKind.READ, block_id),) for block_id in on_storage]
-            chains += [(Op(OpKind.COPY_OUT, block_id, self._cpu_slots[block_id]),) for block_id in in_cpu]
-            return self._succeeded(await self._io.run(chains, Lane.LOAD))
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for block_id in in_cpu:
-                self._cpu.unpin(block_id)
-            for block_id in on_storage:
-                self._storage.unpin(block_id)
+            timer.cancel()
+        if not reads.finished.done():
+            reads.cancel()
+            return False
+        return True
 
-    async def _store(self, block_ids: tuple[int, ...], found_blocks: int) -> None:
-        """Make the request's blocks recent in every tier and write the new ones behind.
+    async def _store(self, block_ids: tuple[int, ...], usable: Found) -> None:
+        """Make the request's blocks recent in every tier and write behind what storage should hold and does not.
 
-        New are those behind the run that was found; of them, what storage holds already is skipped. Returns when the
-        write queue has taken the others: a request holds its blocks until then.
+        Returns when the write queue has taken the blocks: a request holds them until then. A block of the chain that is
+        evicted in that very time is not queued again: the tier is turning over faster than the queue moves, and one
+        block more would only push out another.
         """
         recent = list(in_touch_order(block_ids, self._config.touch))
-        self._demote(admit(self._gpu, recent), recent)
-        for block_id in recent:
-            self._storage.touch(block_id)
-        computed = block_ids[found_blocks:]
-        # Of a chain longer than the tier only the most recent part would outlive the step; the rest is not written.
-        kept = set(recent[-self._config.storage_blocks :]) if self._config.storage_blocks else set()
-        new = [block_id for block_id in computed if block_id not in self._storage]
-        self._recorder.deduplicated(self._clock.now_ns(), len(computed) - len(new))
-        wanted = [block_id for block_id in new if block_id in kept]
-        self._dropped(len(new) - len(wanted))
-        queued_ns = self._clock.now_ns()
-        most = min(WRITE_BATCH_BLOCKS, self._gate.capacity)
-        for begin in range(0, len(wanted), most):
-            batch = wanted[begin : begin + most]
-            await self._gate.enter(len(batch))
-            self._write_behind(batch, kept, queued_ns)
-        for block_id in recent:
-            self._storage.touch(block_id)
+        self._dram.demote(admit(self._gpu, recent), recent)
+        self._storage.touch(recent)
+        # Of a chain longer than the tier only a part would outlive the step; the rest is not written.
+        kept = self._storage.kept(block_ids)
+        missing = self._missing(block_ids, usable)
+        wanted = [block_id for block_id in missing if block_id in kept]
+        self._queue.dropped(len(missing) - len(wanted))
+        await self._queue.put(wanted, kept)
+        self._storage.touch(recent)
 
-    def _write_behind(self, block_ids: Sequence[int], own: set[int], queued_ns: int) -> None:
-        """Take blocks that have passed the write gate into the storage tier and begin to write them.
+    def _missing(self, block_ids: Sequence[int], usable: Found) -> list[int]:
+        """Blocks of a chain that storage should get, in its order, by the store policy.
 
-        Room is made here, not when they were queued, so that what waits at the gate keeps nothing from eviction. No
-        block of `own`, the request's, makes room for another of them.
+        `always`: what was computed, and what was read and has been evicted since: it is at hand, and without it the
+        chain's new tail could not be reached. `second-use`: also what other tiers held, from its second use on.
         """
-        fresh = [block_id for block_id in block_ids if block_id not in self._storage]
-        self._recorder.deduplicated(self._clock.now_ns(), len(block_ids) - len(fresh))
-        for block_id in own:
-            self._storage.pin(block_id)
-        taken = admit(self._storage, in_touch_order(fresh, self._config.touch))
-        for block_id in own:
-            self._storage.unpin(block_id)
-        self._dropped(len(taken.refused))
-        admitted = set(taken.admitted)
-        batch = [block_id for block_id in fresh if block_id in admitted]
-        self._gate.leave(len(block_ids) - len(batch))
-        waits = {self._deleting[block_id] for block_id in batch if block_id in self._deleting}
-        if taken.evicted:
-            waits.add(self._delete(taken.evicted))
-        for block_id in batch:
-            self._storage.pin(block_id)
-        if batch:
-            self._spawn(self._write(batch, waits, queued_ns))
-
-    def _demote(self, gpu: Admission, recent: Sequence[int]) -> None:
-        """Move to DRAM what left the GPU tier, and make the request's blocks recent there."""
-        refused = set(gpu.refused)
-        offered = gpu.evicted + [block_id for block_id in recent if block_id in self._cpu or block_id in refused]
-        taken = admit(self._cpu, offered)
-        for victim in taken.evicted:
-            self._cpu_ready.discard(victim)
-            self._arena.free(self._cpu_slots.pop(victim))
-        copies = []
-        for block_id in taken.admitted:
-            slot = self._arena.allocate()
-            assert slot is not None, "the arena has a slot for every block of the tier"
-            self._cpu_slots[block_id] = slot
-            self._cpu.pin(block_id)
-            copies.append(Op(OpKind.COPY_IN, block_id, slot))
-        if copies:
-            self._spawn(self._copy_in(copies))
-
-    async def _copy_in(self, copies: Sequence[Op]) -> None:
-        finished = await self._run([(op,) for op in copies])
-        for done in finished:
-            self._cpu.unpin(done.op.block_id)
-            if done.error is None:
-                self._cpu_ready.add(done.op.block_id)
-        self._succeeded(finished)
-
-    def _delete(self, victims: Sequence[int]) -> asyncio.Task[None]:
-        """Begin to delete blocks from storage."""
-        self._stored.difference_update(victims)
-        task = self._spawn(self._delete_all(victims))
-        for block_id in victims:
-            self._deleting[block_id] = task
-        return task
-
-    async def _delete_all(self, victims: Sequence[int]) -> None:
-        finished = await self._run([(Op(OpKind.DELETE, block_id),) for block_id in victims])
-        for block_id in victims:
-            self._deleting.pop(block_id, None)
-        self._succeeded(finished)
-
-    async def _write(self, block_ids: Sequence[int], waits: set[asyncio.Task[None]], queued_ns: int) -> None:
-        if waits:
-            await asyncio.wait(waits)
-        finished = await self._run([(Op(OpKind.WRITE, block_id),) for block_id in block_ids])
-        self._gate.leave(len(block_ids))
-        written = [done.op.block_id for done in finished if done.error is None]
-        self._dropped(len(block_ids) - len(written))
-        for block_id in block_ids:
-            self._storage.unpin(block_id)
-        self._stored.update(written)
-        self._recorder.written_behind(queued_ns, finished)
-        self._succeeded(finished)
-
-    def _dropped(self, blocks: int) -> None:
-        """Count blocks that will not be stored; those that the end of the run cut off were in flight, not dropped."""
-        if blocks and not self._stopping:
-            self._recorder.dropped(self._clock.now_ns(), blocks)
-
-    async def _run(self, chains: Sequence[Sequence[Op]]) -> list[OpDone]:
-        """Do operations behind a request; none once the engine stops."""
-        return [] if self._stopping else await self._io.run(chains, Lane.STORE)
-
-    def _succeeded(self, finished: Sequence[OpDone]) -> bool:
-        """Whether all went well; reports each failure."""
-        failures = [done.error for done in finished if done.error is not None]
-        for error in failures:
-            if not isinstance(error, OperationSkippedError):
-                self._on_failure(error)
-        return not failures
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run `work` behind the request; `settle` waits for it."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._behind.add(task)
-        task.add_done_callback(self._behind.discard)
-        return task
+        in_gpu_or_dram = {*usable[Tier.GPU], *usable[Tier.CPU]}
+        cached = in_gpu_or_dram.union(usable[Tier.STORAGE])
+        missing = self._queue.lacking(self._storage.lacking(dict.fromkeys(block_ids)))
+        computed = sum(block_id not in cached for block_id in block_ids)
+        self._queue.deduplicated(computed - sum(block_id not in cached for block_id in missing))
+        if self._config.store_policy is StorePolicy.ALWAYS:
+            return [block_id for block_id in missing if block_id not in in_gpu_or_dram]
+        used_before = [block_id for block_id in missing if self._storage.used_before(block_id)]
+        self._recorder.deferred(self._clock.now_ns(), len(missing) - len(used_before))
+        return used_before

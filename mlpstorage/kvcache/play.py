@@ -3,34 +3,37 @@
 import asyncio
 import contextlib
 import enum
-import resource
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from mlpstorage.config import GIB
 from mlpstorage.errors import MLPStorageError, RunError, RunTimeoutError
-from mlpstorage.kvcache.engine import BlockIO, Engine, EngineConfig, SlotArena
+from mlpstorage.kvcache.block_io import BlockIO
+from mlpstorage.kvcache.dram_tier import SlotArena
+from mlpstorage.kvcache.engine import Engine
+from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.recorder import Recorder
 from mlpstorage.kvcache.request import Request
+from mlpstorage.kvcache.sampler import Sampler
 from mlpstorage.kvcache.workload import OpenLoop, Workload
 from mlpstorage.measure.clock import NS, Clock
 from mlpstorage.measure.histogram import Histogram
+from mlpstorage.measure.process import cpu_s, thread_waits_ns, waited_s
 from mlpstorage.results.models import Sample
 from mlpstorage.storage.ops import OpDone
 
 LAG_PROBE_NS = 5_000_000
 """The event loop's lag is how much later than asked a sleep of this length ends."""
 
-SAMPLE_NS = NS
-"""Distance of two lines of the time series."""
-
 DRAIN_LIMIT_S = 30.0
 """I/O that was running at the window's end and has not returned after this long is given up: the storage hangs."""
 
 INTERRUPTED_DRAIN_LIMIT_S = 2.0
 """The same after Ctrl-C or SIGTERM."""
+
+DropPageCache = Callable[[Sequence[int]], Awaitable[int | None]]
+"""Has the system forget cached pages of objects; see `storage.base.BlockStore.drop_page_cache`."""
 
 
 class DrainableIO(BlockIO, Protocol):
@@ -60,11 +63,30 @@ class Timing:
 
     warmup_ns: int
     duration_ns: int
+    drain_limit_s: float = DRAIN_LIMIT_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """What came of a rank's run; times in nanoseconds."""
+    """What came of a rank's run; times in nanoseconds.
+
+    Attributes:
+        ending: Why the window ended; `FAILED` also where all of it was played and data was wrong.
+        error: Why the run failed; None where it did not.
+        started_unix_s: Wall-clock time at which the window began, or would have.
+        warmup_ns: True length of the warm-up.
+        drain_ns: Time from the window's end until nothing was running any more.
+        in_flight_at_end: Requests without an answer at the window's end.
+        cpu_s: Processor time of this process inside the window.
+        cpu_wait_s: How long its threads waited for processors inside the window, summed; None where not known.
+        payload_cpu_s: Processor time of filling, stamping and checking payloads inside the window.
+        loop_lag: How late the event loop was inside the window.
+        recorder: All counts.
+        samples: The time series.
+        failures: Messages of the first verification failures of the whole run.
+        verify_failures: Number of all of them.
+        dropped_page_cache_bytes: Bytes that the page cache was made to forget; None where that is unknown.
+    """
 
     ending: Ending
     error: MLPStorageError | None
@@ -73,9 +95,15 @@ class Played:
     drain_ns: int
     in_flight_at_end: int
     cpu_s: float
+    cpu_wait_s: float | None
+    payload_cpu_s: float
     loop_lag: Histogram
     recorder: Recorder
     samples: tuple[Sample, ...]
+    failures: tuple[str, ...]
+    verify_failures: int
+    dropped_page_cache_bytes: int | None
+    hung: bool
 
 
 class Stop:
@@ -118,6 +146,8 @@ async def play(
     arena: SlotArena,
     stop: Stop,
     on_sample: Callable[[Sample], None],
+    reused: Sequence[int] = (),
+    drop_page_cache: DropPageCache | None = None,
 ) -> Played:
     """Play a workload through warm-up and window, then drain.
 
@@ -132,70 +162,145 @@ async def play(
         arena: Slots of the DRAM tier.
         stop: What may end the run early.
         on_sample: Called with every line of the time series.
+        reused: Blocks that are on storage when the run begins, the least recently used first. The oldest of those that
+            the storage tier cannot hold are deleted before the start.
+        drop_page_cache: Called with the ids of the objects on storage at the end of the warm-up, and, where blocks are
+            reused, before the start; returns the bytes dropped, None if unknown. The window begins when it has
+            returned. An `OSError` of it fails the run. None where nothing is cached.
     """
-    begin_ns = clock.now_ns()
-    begin_unix_s = time.time()
-    window_ns = (begin_ns + timing.warmup_ns, begin_ns + timing.warmup_ns + timing.duration_ns)
-    recorder = Recorder(object_bytes=config.object_bytes, stored_bytes=stored_bytes, window_ns=window_ns)
+    recorder = Recorder(object_bytes=config.object_bytes, stored_bytes=stored_bytes)
     blocks = open_io(recorder.operations)
     engine = Engine(config, blocks=blocks, arena=arena, recorder=recorder, clock=clock, on_failure=stop.fail)
+    cache = None if drop_page_cache is None else _PageCache(drop_page_cache, engine)
+    stopped = asyncio.create_task(stop.wait())
+    if reused:
+        await _reuse(engine, reused, cache, stop, stopped)
+    begin_ns = clock.now_ns()
+    begin_unix_s = time.time()
+    if cache is None:
+        # Now, so that what ends with the window's first moment is inside, however late the loop is then.
+        recorder.open((begin_ns + timing.warmup_ns, begin_ns + timing.warmup_ns + timing.duration_ns))
     lag = Histogram()
-    meter = _CpuMeter(clock, window_ns[0])
-    sampler = _Sampler(
+    meter = _ProcessorMeter()
+    sampler = Sampler(
         rank=rank,
         engine=engine,
         recorder=recorder,
         clock=clock,
         begin_ns=begin_ns,
-        window_ns=window_ns,
-        stored_bytes=stored_bytes,
+        block_bytes=stored_bytes * config.kv_ranks,
         on_sample=on_sample,
     )
     source = asyncio.create_task(_arrivals(workload, engine, config, clock, begin_ns))
-    window_over = asyncio.create_task(clock.sleep_until(window_ns[1]))
-    async with _running(meter.run(), sampler.run(), _probe_lag(clock, recorder, lag)):
-        stopped = asyncio.create_task(stop.wait())
+    window_over = asyncio.create_task(_window(begin_ns, timing, clock, recorder, meter, cache))
+    async with _running(sampler.run(), _probe_lag(clock, recorder, lag)):
         await asyncio.wait({source, window_over, stopped}, return_when=asyncio.FIRST_COMPLETED)
         end_ns = clock.now_ns()
         recorder.close(end_ns)
-        cpu_s = meter.used_s(end_ns)
-        if source.done() and not source.cancelled() and source.exception() is not None:
-            stop.fail(_as_failure(source.exception()))
+        cpu_s, cpu_wait_s = meter.used()
+        for task in (source, window_over):
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                stop.fail(_as_failure(task.exception()))
         ending = stop.ending or (Ending.EXHAUSTED if source.done() else Ending.TIME)
         in_flight = engine.in_flight
-        for task in (source, window_over, stopped):
-            task.cancel()
         engine.stop()
         blocks.cancel_queued()
-        await asyncio.gather(source, window_over, stopped, return_exceptions=True)
+        await _end(source, window_over, stopped)
         blocks.cancel_queued()
-        limit_s = INTERRUPTED_DRAIN_LIMIT_S if ending is Ending.INTERRUPTED else DRAIN_LIMIT_S
-        try:
-            async with asyncio.timeout(limit_s):
-                await engine.settle()
-                await blocks.idle()
-        except TimeoutError:
-            if ending is not Ending.INTERRUPTED:
-                stop.fail(RunTimeoutError(f"the storage hangs: I/O was still running {limit_s:g} s after the window"))
+        hung = not await _drained(engine, blocks, timing, ending, stop)
+    error = stop.error or _wrong_data(recorder)
+    warmup_ns = (end_ns if recorder.start_ns is None else min(recorder.start_ns, end_ns)) - begin_ns
     return Played(
-        ending=Ending.FAILED if stop.error is not None else ending,
-        error=stop.error,
-        started_unix_s=begin_unix_s + timing.warmup_ns / NS,
-        warmup_ns=min(timing.warmup_ns, end_ns - begin_ns),
+        ending=Ending.FAILED if error is not None else ending,
+        error=error,
+        started_unix_s=begin_unix_s + max(warmup_ns, timing.warmup_ns) / NS,
+        warmup_ns=warmup_ns,
         drain_ns=clock.now_ns() - end_ns,
         in_flight_at_end=in_flight,
         cpu_s=cpu_s,
+        cpu_wait_s=cpu_wait_s,
+        payload_cpu_s=recorder.payload_ns / NS,
         loop_lag=lag,
         recorder=recorder,
         samples=tuple(sampler.samples),
+        failures=tuple(recorder.failures),
+        verify_failures=recorder.verify_failures,
+        dropped_page_cache_bytes=None if cache is None else cache.dropped_bytes,
+        hung=hung,
     )
 
 
+async def _reuse(
+    engine: Engine, reused: Sequence[int], cache: "_PageCache | None", stop: Stop, stopped: asyncio.Task[None]
+) -> None:
+    """Begin with what an earlier run left on storage; return when that is ready, or the run is stopped."""
+
+    async def ready() -> None:
+        await engine.settle()
+        if cache is not None:
+            await cache.drop()
+
+    engine.adopt(reused)
+    readying = asyncio.create_task(ready())
+    await asyncio.wait({readying, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if readying.done() and readying.exception() is not None:
+        stop.fail(_as_failure(readying.exception()))
+    readying.cancel()
+
+
+async def _window(
+    begin_ns: int,
+    timing: Timing,
+    clock: Clock,
+    recorder: Recorder,
+    meter: "_ProcessorMeter",
+    cache: "_PageCache | None",
+) -> None:
+    """Return when the measured window is over. It begins when the warm-up is over and what is cached is dropped."""
+    start_ns = begin_ns + timing.warmup_ns
+    await clock.sleep_until(start_ns)
+    if cache is not None:
+        await cache.drop()
+        start_ns = clock.now_ns()
+        recorder.open((start_ns, start_ns + timing.duration_ns))
+    meter.start()
+    await clock.sleep_until(start_ns + timing.duration_ns)
+
+
+async def _end(*tasks: asyncio.Task[None]) -> None:
+    """Cancel tasks and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _drained(engine: Engine, blocks: DrainableIO, timing: Timing, ending: Ending, stop: Stop) -> bool:
+    """Wait for what is running. False where storage does not return within the limit: it hangs, and fails the run."""
+    limit_s = INTERRUPTED_DRAIN_LIMIT_S if ending is Ending.INTERRUPTED else timing.drain_limit_s
+    try:
+        async with asyncio.timeout(limit_s):
+            await engine.settle()
+            await blocks.idle()
+    except TimeoutError:
+        if ending is not Ending.INTERRUPTED:
+            stop.fail(RunTimeoutError(f"the storage hangs: I/O was still running {limit_s:g} s after the window"))
+        return False
+    return True
+
+
+def _wrong_data(recorder: Recorder) -> MLPStorageError | None:
+    """The failure of a run in which storage returned what had not been written."""
+    if not recorder.verify_failures:
+        return None
+    reads = "1 read" if recorder.verify_failures == 1 else f"{recorder.verify_failures:,} reads, of which the first"
+    return RunError(f"verification failed for {reads}: {recorder.failures[0]}")
+
+
 def _as_failure(error: BaseException | None) -> Exception:
-    """The one exception behind a task group's; anything but our own is a fault of the program and is raised."""
+    """The one exception behind a task group's; all but our own and the system's are faults of the program: raised."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    if isinstance(error, MLPStorageError):
+    if isinstance(error, MLPStorageError | OSError):
         return error
     raise error or AssertionError("a failed task has an exception")
 
@@ -253,90 +358,41 @@ async def _probe_lag(clock: Clock, recorder: Recorder, lag: Histogram) -> None:
             lag.record(now_ns - due_ns)
 
 
-class _CpuMeter:
-    """Processor time of this process inside the window."""
+class _ProcessorMeter:
+    """Processor time of this process inside the window, and how long its threads waited for processors."""
 
-    def __init__(self, clock: Clock, start_ns: int) -> None:
-        self._clock = clock
-        self._start_ns = start_ns
-        self._at_start_s: float | None = None
+    def __init__(self) -> None:
+        self._started = False
+        self._cpu_s = 0.0
+        self._waits_ns: dict[int, int] | None = None
 
-    async def run(self) -> None:
-        await self._clock.sleep_until(self._start_ns)
-        self._at_start_s = _cpu_s()
+    def start(self) -> None:
+        """The window begins."""
+        self._started = True
+        self._cpu_s = cpu_s()
+        self._waits_ns = thread_waits_ns()
 
-    def used_s(self, now_ns: int) -> float:
-        """Seconds since the window began; 0 where it did not."""
-        if now_ns < self._start_ns or self._at_start_s is None:
-            return 0.0
-        return _cpu_s() - self._at_start_s
-
-
-def _cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+    def used(self) -> tuple[float, float | None]:
+        """Seconds used and waited since the window began, 0 where it did not; None where the kernel does not tell."""
+        if not self._started:
+            return 0.0, 0.0
+        return cpu_s() - self._cpu_s, waited_s(self._waits_ns, thread_waits_ns())
 
 
-class _Sampler:
-    """Takes a line of the time series every second."""
+class _PageCache:
+    """Has the page cache forget the objects on storage, and adds up what it dropped."""
 
-    def __init__(
-        self,
-        *,
-        rank: int,
-        engine: Engine,
-        recorder: Recorder,
-        clock: Clock,
-        begin_ns: int,
-        window_ns: tuple[int, int],
-        stored_bytes: int,
-        on_sample: Callable[[Sample], None],
-    ) -> None:
-        self._rank = rank
+    def __init__(self, drop: DropPageCache, engine: Engine) -> None:
+        self._drop = drop
         self._engine = engine
-        self._recorder = recorder
-        self._clock = clock
-        self._begin_ns = begin_ns
-        self._window_ns = window_ns
-        self._stored_bytes = stored_bytes
-        self._on_sample = on_sample
-        self.samples: list[Sample] = []
-        self._last = (begin_ns, 0, 0)
+        self._dropped: list[int | None] = []
 
-    async def run(self) -> None:
-        due_ns = self._begin_ns
-        while True:
-            due_ns += SAMPLE_NS
-            await self._clock.sleep_until(due_ns)
-            sample = self._take(self._clock.now_ns())
-            self.samples.append(sample)
-            self._on_sample(sample)
+    async def drop(self) -> None:
+        """Drop what is there now; return when that is done."""
+        self._dropped.append(await self._drop(self._engine.stored_objects()))
 
-    def _take(self, now_ns: int) -> Sample:
-        total, requests = self._recorder.total, self._recorder.total_requests
-        last_ns, last_read_bytes, last_written_bytes = self._last
-        since_s = (now_ns - last_ns) / NS
-        self._last = (now_ns, total.read_bytes, total.written_bytes)
-        found = requests.cached_tokens
-        return Sample(
-            rank=self._rank,
-            t_s=round((now_ns - self._begin_ns) / NS, 3),
-            phase=self._phase(now_ns),
-            requests_completed=requests.completed,
-            requests_in_flight=self._engine.in_flight,
-            prompt_tokens=requests.prompt_tokens,
-            cached_tokens=found.gpu + found.cpu + found.storage,
-            read_bytes=total.read_bytes,
-            written_bytes=total.written_bytes,
-            deleted_bytes=total.deleted_bytes,
-            read_gib_per_s=round((total.read_bytes - last_read_bytes) / GIB / since_s, 6),
-            write_gib_per_s=round((total.written_bytes - last_written_bytes) / GIB / since_s, 6),
-            storage_used_bytes=self._engine.stored_blocks * self._stored_bytes,
-            cpu_used_bytes=self._engine.cpu_blocks * self._stored_bytes,
-            write_queue_blocks=self._engine.write_queue_blocks,
-        )
-
-    def _phase(self, now_ns: int) -> Literal["warmup", "window", "drain"]:
-        if now_ns < self._window_ns[0]:
-            return "warmup"
-        return "window" if self._recorder.inside(now_ns) else "drain"
+    @property
+    def dropped_bytes(self) -> int | None:
+        """Bytes dropped; None where that is unknown, or nothing was dropped yet."""
+        known = [dropped for dropped in self._dropped if dropped is not None]
+        return sum(known) if known and len(known) == len(self._dropped) else None

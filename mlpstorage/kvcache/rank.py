@@ -6,31 +6,41 @@ It claims its directory, plays its share of the workload, tells the launcher thr
 import argparse
 import asyncio
 import contextlib
-import ctypes
+import errno
 import os
 import resource
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from mlpstorage.cli.options import add_options
-from mlpstorage.cluster.facts import available_memory_bytes, file_system_space, host_facts
-from mlpstorage.config import EXIT_CODE, GIB, RunStatus
-from mlpstorage.errors import ConfigurationError, InterruptedRunError, MLPStorageError
-from mlpstorage.kvcache.engine import EngineConfig
+from mlpstorage.cluster.facts import available_memory_bytes, host_facts
+from mlpstorage.config import EXIT_CODE, Layout, RunStatus, Verify
+from mlpstorage.errors import AccessError, ConfigurationError, MLPStorageError
+from mlpstorage.kvcache.cache import (
+    Flushable,
+    Found,
+    Place,
+    claim_place,
+    find_blocks,
+    make_engine,
+    make_store,
+    place_warnings,
+)
+from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.events import EventWriter, Finished, Progress, Refused
 from mlpstorage.kvcache.pacing import Pacing
-from mlpstorage.kvcache.play import Ending, Played, Stop, Timing, play
+from mlpstorage.kvcache.play import DRAIN_LIMIT_S, Ending, Played, Stop, Timing, play
+from mlpstorage.kvcache.process import Signals, die_with_parent, in_daemon
 from mlpstorage.kvcache.ranks import Ranks, find_ranks
 from mlpstorage.kvcache.recorder import counts
 from mlpstorage.kvcache.sessions import CHAT
 from mlpstorage.kvcache.threaded_io import ThreadedIO
 from mlpstorage.kvcache.workload import Workload, session_workload, trace_workload
 from mlpstorage.measure.clock import NS, MonotonicClock
-from mlpstorage.plan.kvcache import Sizes, check_room, rank_directory, sizes, with_automatic_sizes
+from mlpstorage.plan.kvcache import Sizes, check_room, sizes, with_automatic_sizes
 from mlpstorage.results.models import (
     HistogramData,
     RankClient,
@@ -43,15 +53,15 @@ from mlpstorage.results.models import (
 from mlpstorage.spec.fields import resolve
 from mlpstorage.spec.kvcache import KVCacheSpec
 from mlpstorage.storage.arena import DramArena
-from mlpstorage.storage.cache_dir import CacheDirectory
-from mlpstorage.storage.file_store import FileStore
-from mlpstorage.storage.payload import Payload
-from mlpstorage.storage.pool import IoPool
+from mlpstorage.storage.base import BlockStore
+from mlpstorage.storage.ops import IoEngine
+from mlpstorage.storage.payload import Payload, WriteNumbers
 
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread may hold the interpreter while others wait: Python's 5 ms would show in every latency."""
 
-_PR_SET_PDEATHSIG = 1
+DRAIN_MARGIN_S = 5.0
+"""Longer than an object store is tried again we wait so much for the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,34 +72,12 @@ class Prepared:
     planned: Sizes
     workload: Workload
     facts: dict[str, object]
-    directory: CacheDirectory
-    store: FileStore
+    place: Place
+    store: BlockStore
+    found: Found | None
     arena: DramArena
-    pool: IoPool
+    io_engine: IoEngine
     warnings: tuple[str, ...]
-
-
-class _Signals:
-    """SIGINT and SIGTERM: an error while the rank prepares, a stop while it plays, nothing while it cleans up.
-
-    asyncio's own handlers would not do: closing its loop sets the default back, and a second signal would kill the
-    clean-up. (A launcher that is killed sends one for each of its threads.)
-    """
-
-    def __init__(self) -> None:
-        self.preparing = True
-        self.seen = False
-        self.notify: Callable[[], object] | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._arrived)
-
-    def _arrived(self, number: int, _frame: FrameType | None) -> None:
-        self.seen = True
-        if self.preparing:
-            self.preparing = False
-            raise InterruptedRunError(f"stopped by {signal.Signals(number).name} before the run began")
-        if self.notify is not None:
-            self.notify()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,19 +87,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     spec, run_id = parse_arguments(sys.argv[1:] if argv is None else argv)
     ranks = find_ranks()
     writer = EventWriter(speaks=ranks.rank == 0)
-    signals = _Signals()
+    signals = Signals()
     with contextlib.ExitStack() as cleanup:
         prepared, error = _try_to_prepare(spec, run_id, ranks, cleanup, signals)
         exit_code = _agree(ranks, prepared, error, writer)
         if exit_code is None:
             assert prepared is not None, "every rank is prepared where none refused"
+            if prepared.place.removal is not None:
+                prepared.place.removal.run_begins(keep=spec.keep_cache)
             ranks.barrier()
-            result = asyncio.run(_run(prepared, run_id, ranks, writer, signals))
+            result, hung = asyncio.run(_run(prepared, run_id, ranks, writer, signals))
             gathered = ranks.gather(result)
             if gathered is not None:
                 writer.send(Finished(ranks=tuple(gathered)))
             exit_code = EXIT_CODE.SUCCESS if result.error is None else EXIT_CODE(result.error.exit_code)
-            if exit_code is EXIT_CODE.TIMEOUT:
+            if hung:
                 # A thread hangs in the kernel and cannot be joined; the next run on the directory clears the files.
                 os._exit(exit_code)
     # Under mpi4py a rank that ends with an error ends all others: they must have removed their files.
@@ -128,14 +118,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[KVCacheSpec, str]:
     return resolve(KVCacheSpec, args, environment={}).spec, args.run_id
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for a SIGTERM when the parent dies: a killed launcher leaves no rank and no file behind."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _try_to_prepare(
-    spec: KVCacheSpec, run_id: str, ranks: Ranks, cleanup: contextlib.ExitStack, signals: _Signals
+    spec: KVCacheSpec, run_id: str, ranks: Ranks, cleanup: contextlib.ExitStack, signals: Signals
 ) -> tuple[Prepared | None, MLPStorageError | None]:
     try:
         prepared = _prepare(spec, run_id, ranks, cleanup)
@@ -143,64 +127,70 @@ def _try_to_prepare(
     except MLPStorageError as error:
         signals.preparing = False
         return None, error
+    except OSError as error:
+        signals.preparing = False
+        return None, _as_refusal(error)
     return prepared, None
 
 
+def _as_refusal(error: OSError) -> MLPStorageError:
+    """The system's error as the user's."""
+    kind = AccessError if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS} else ConfigurationError
+    where = f"{error.filename}: " if error.filename else ""
+    return kind(f"{where}{error.strerror or error}; choose a place that can be used with --cache-dir")
+
+
 def _prepare(spec: KVCacheSpec, run_id: str, ranks: Ranks, cleanup: contextlib.ExitStack) -> Prepared:
-    """Check the host, claim the directory and make everything ready; `cleanup` takes it back."""
-    if spec.cache_dir is None:
-        raise ConfigurationError("--cache-dir: a rank needs it")
-    place = rank_directory(spec.cache_dir, ranks.rank)
-    space, memory_bytes = file_system_space(place), available_memory_bytes()
-    warnings: list[str] = []
-    directory = CacheDirectory.claim(place, run_id)
-    cleanup.callback(directory.release)
-    if directory.cleared is not None and directory.cleared.files:
-        warnings.append(
-            f"cleared {directory.cleared.files:,} files ({directory.cleared.bytes / GIB:.2f} GiB) that the dead run "
-            f"{directory.cleared.run_id} had left in {place}"
-        )
-        space = file_system_space(place)
-    spec = with_automatic_sizes(
-        spec,
-        memory_free_bytes=memory_bytes,
-        storage_total_bytes=space.total_bytes,
-        storage_free_bytes=space.free_bytes,
-        ranks_on_host=ranks.ranks_on_host,
-    )
+    """Check the host, claim the place and make everything ready; `cleanup` takes it back."""
     workload = build_workload(spec, ranks.rank, ranks.size)
-    planned = sizes(spec, workload.block_tokens)
-    check_room(
-        spec,
-        planned,
-        memory_free_bytes=memory_bytes,
-        storage_free_bytes=space.free_bytes,
-        ranks_on_host=ranks.ranks_on_host,
-        where=str(place),
-    )
-    namespace = f"{spec.model}|0|0"
-    store = FileStore(directory.objects, namespace, planned.object_bytes)
-    cleanup.callback(directory.remove_objects)
+    place = claim_place(spec, sizes(spec, workload.block_tokens), run_id, ranks, cleanup)
+    spec, planned = _fitted(spec, workload.block_tokens, place, ranks)
+    store = make_store(spec, planned, place)
     store.open()
-    if store.direct_refusal is not None:
-        warnings.append(f"buffered I/O in {place}: {store.direct_refusal}; the page cache is part of what is measured")
-    arena = DramArena(planned.cpu_blocks or 0, planned.stored_bytes)
-    cleanup.callback(arena.close)
-    pool = IoPool(store, Payload(namespace, planned.stored_bytes), arena, spec.io_threads)
-    pool.start()
     cleanup.callback(store.close)
-    cleanup.callback(pool.close)
+    if spec.keep_cache and isinstance(store, Flushable):
+        cleanup.callback(store.flush)
+    found = find_blocks(store, place.keys) if place.claim is not None and place.claim.reused else None
+    arena = DramArena(planned.cpu_blocks or 0, planned.stored_block_bytes)
+    cleanup.callback(arena.close)
+    writes = None if spec.verify is Verify.OFF else WriteNumbers()
+    payload = Payload(place.keys, planned.stored_bytes, spec.verify, buffers=spec.depth, writes=writes)
+    io_engine = make_engine(spec, store, payload, arena)
+    io_engine.start()
+    cleanup.callback(io_engine.close)
     return Prepared(
         spec=spec,
         planned=planned,
         workload=workload,
-        facts=host_facts(place),
-        directory=directory,
+        facts=host_facts(place.objects if isinstance(place.objects, Path) else None),
+        place=place,
         store=store,
+        found=found,
         arena=arena,
-        pool=pool,
-        warnings=tuple(warnings),
+        io_engine=io_engine,
+        warnings=tuple(place_warnings(place, store, found)),
     )
+
+
+def _fitted(spec: KVCacheSpec, block_tokens: int, place: Place, ranks: Ranks) -> tuple[KVCacheSpec, Sizes]:
+    """The spec with every size worked out for this host, and the sizes that follow; refused where they do not fit."""
+    memory_bytes = available_memory_bytes()
+    spec = with_automatic_sizes(
+        spec,
+        memory_free_bytes=memory_bytes,
+        space=place.space,
+        ranks_on_host=ranks.ranks_on_host,
+    )
+    planned = sizes(spec, block_tokens)
+    check_room(
+        spec,
+        planned,
+        memory_free_bytes=memory_bytes,
+        storage_free_bytes=None if place.space is None else place.space.free_bytes,
+        ranks_on_host=ranks.ranks_on_host,
+        where="" if place.claim is None else place.claim.place,
+    )
+    return spec, planned
 
 
 def build_workload(spec: KVCacheSpec, rank: int, ranks: int) -> Workload:
@@ -241,7 +231,10 @@ def _agree(
     return None
 
 
-async def _run(prepared: Prepared, run_id: str, ranks: Ranks, writer: EventWriter, signals: _Signals) -> RankResult:
+async def _run(
+    prepared: Prepared, run_id: str, ranks: Ranks, writer: EventWriter, signals: Signals
+) -> tuple[RankResult, bool]:
+    """Play; returns what was measured, and whether the storage hangs."""
     spec, planned = prepared.spec, prepared.planned
     assert spec.warmup is not None, "worked out"
     stop = Stop()
@@ -253,31 +246,65 @@ async def _run(prepared: Prepared, run_id: str, ranks: Ranks, writer: EventWrite
     played = await play(
         rank=ranks.rank,
         workload=prepared.workload,
-        config=EngineConfig(
-            block_tokens=planned.block_tokens,
-            object_bytes=planned.object_bytes,
-            gpu_blocks=planned.gpu_blocks,
-            cpu_blocks=planned.cpu_blocks or 0,
-            storage_blocks=planned.storage_blocks or 0,
-            write_queue_blocks=planned.write_queue_blocks,
-            touch=spec.touch,
-            prefix_caching=not spec.disable_prefix_caching,
-            pacing=Pacing(
-                mode=spec.generation_mode,
-                prefill_tokens_per_s=spec.prefill_tokens_per_s,
-                decode_tokens_per_s=spec.decode_tokens_per_s,
-            ),
-        ),
+        config=_engine_config(spec, planned),
         stored_bytes=planned.stored_bytes,
-        timing=Timing(warmup_ns=round(spec.warmup * NS), duration_ns=round(spec.duration * NS)),
+        timing=Timing(
+            warmup_ns=round(spec.warmup * NS),
+            duration_ns=round(spec.duration * NS),
+            drain_limit_s=_drain_limit_s(spec),
+        ),
         clock=MonotonicClock(),
-        open_io=lambda on_operations: ThreadedIO(prepared.pool, on_operations),
+        open_io=lambda on_operations: ThreadedIO(prepared.io_engine, on_operations),
         arena=prepared.arena,
         stop=stop,
         on_sample=lambda sample: writer.send(Progress(sample=sample)),
+        reused=() if prepared.found is None else prepared.found.blocks,
+        drop_page_cache=partial(in_daemon, prepared.store.drop_page_cache) if _is_buffered(prepared.store) else None,
     )
     signals.notify = None
-    return _result(prepared, played, run_id, ranks, io_before)
+    return _result(prepared, played, run_id, ranks, io_before), played.hung
+
+
+def _is_buffered(store: BlockStore) -> bool:
+    """Whether the page cache of this host is under the store."""
+    return store.capabilities.aligned and not store.capabilities.direct
+
+
+def _drain_limit_s(spec: KVCacheSpec) -> float:
+    """How long I/O may take to return: of an object store as long as it is tried again, and a little more."""
+    tried_s = spec.io_limit_s + DRAIN_MARGIN_S if spec.store_layout is Layout.OBJECT else 0.0
+    return max(DRAIN_LIMIT_S, tried_s)
+
+
+def _engine_config(spec: KVCacheSpec, planned: Sizes) -> EngineConfig:
+    return EngineConfig(
+        block_tokens=planned.block_tokens,
+        kv_ranks=planned.kv_ranks,
+        object_bytes=planned.object_bytes,
+        gpu_blocks=planned.gpu_blocks,
+        cpu_blocks=planned.cpu_blocks or 0,
+        storage_blocks=planned.storage_blocks or 0,
+        touch=spec.touch,
+        prefix_caching=not spec.disable_prefix_caching,
+        pacing=Pacing(
+            mode=spec.generation_mode,
+            prefill_tokens_per_s=spec.prefill_tokens_per_s,
+            decode_tokens_per_s=spec.decode_tokens_per_s,
+        ),
+        store_policy=spec.store_policy,
+        eviction=spec.eviction,
+        evict_above=spec.evict_above,
+        evict_to=spec.evict_to,
+        write_overflow=spec.write_overflow,
+        write_queue_blocks=planned.write_queue_blocks,
+        write_queue_s=spec.write_queue_s,
+        write_batch=spec.write_batch,
+        write_interval_s=spec.write_interval_s,
+        write_sync=spec.write_sync,
+        load_batch=spec.load_batch,
+        min_load_tokens=spec.min_load_tokens,
+        load_timeout=spec.load_timeout,
+    )
 
 
 def _result(
@@ -309,12 +336,17 @@ def _result(
         latency={name: HistogramData.of(histogram) for name, histogram in recorder.latency.items()},
         client=RankClient(
             cpu_s=played.cpu_s,
+            payload_cpu_s=played.payload_cpu_s,
+            cpu_wait_s=played.cpu_wait_s,
             cores=cores,
             max_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             os_read_bytes=None if moved is None else moved[0],
             os_written_bytes=None if moved is None else moved[1],
             loop_lag=HistogramData.of(played.loop_lag),
         ),
+        verify_failures=played.failures,
+        dropped_page_cache_bytes=played.dropped_page_cache_bytes if _is_buffered(prepared.store) else 0,
+        reuse=None if prepared.found is None else prepared.found.reuse,
         host_facts=prepared.facts,
         samples=played.samples,
     )

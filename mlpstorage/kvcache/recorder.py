@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass, field
 from mlpstorage.config import Tier
 from mlpstorage.measure.histogram import Histogram
 from mlpstorage.results.models import LATENCIES
-from mlpstorage.storage.ops import OpDone, OpKind
+from mlpstorage.storage.ops import OpDone, OperationSkippedError, OpKind
 from mlpstorage.storage.payload import VerifyError
-from mlpstorage.storage.pool import OperationSkippedError
+
+FAILURES_KEPT = 100
+"""Messages of verification failures that are kept; all are counted."""
 
 
 @dataclass(slots=True)
@@ -22,16 +24,21 @@ class StorageTally:
     read_ops: int = 0
     write_ops: int = 0
     delete_ops: int = 0
+    sync_ops: int = 0
+    retries: int = 0
     direct_files: int = 0
     buffered_files: int = 0
+    page_cache_bytes: int | None = 0
     io_errors: int = 0
     verify_errors: int = 0
     verified_bytes: int = 0
     writes_dropped: int = 0
+    writes_deferred: int = 0
     dedup_skipped_bytes: int = 0
 
     def add(self, done: OpDone, object_bytes: int, padding_bytes: int) -> None:
-        """Count one storage operation that was tried."""
+        """Count one storage operation that was tried. Tries beyond the first count whatever became of it."""
+        self.retries += done.retries
         if done.error is not None:
             if isinstance(done.error, VerifyError):
                 self.verify_errors += 1
@@ -44,13 +51,18 @@ class StorageTally:
                 self.read_bytes += object_bytes
                 self.padding_bytes += padding_bytes
                 self.verified_bytes += done.verified_bytes
+                if self.page_cache_bytes is not None:
+                    known = done.page_cache_bytes
+                    self.page_cache_bytes = None if known is None else self.page_cache_bytes + known
             case OpKind.WRITE:
                 self.write_ops += 1
                 self.written_bytes += object_bytes
                 self.padding_bytes += padding_bytes
-            case _:
+            case OpKind.DELETE:
                 self.delete_ops += 1
                 self.deleted_bytes += object_bytes
+            case _:
+                self.sync_ops += 1
         if done.direct is True:
             self.direct_files += 1
         elif done.direct is False:
@@ -76,6 +88,8 @@ class RequestTally:
 
     completed: int = 0
     failed: int = 0
+    loads_skipped: int = 0
+    loads_abandoned: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     prompt_blocks: int = 0
@@ -97,9 +111,16 @@ class Answered:
     hit_blocks: dict[Tier, int]
     ttft_ns: int
     ttft_saved_ns: int | None
+    load_skipped: bool
+    load_abandoned: bool
 
 
-_LATENCY_OF = {OpKind.READ: "storage_read", OpKind.WRITE: "storage_write", OpKind.DELETE: "storage_delete"}
+_LATENCY_OF = {
+    OpKind.READ: "storage_read",
+    OpKind.WRITE: "storage_write",
+    OpKind.DELETE: "storage_delete",
+    OpKind.SYNC: "storage_sync",
+}
 
 
 class Recorder:
@@ -108,13 +129,27 @@ class Recorder:
     Args:
         object_bytes: Payload of one object.
         stored_bytes: The same with padding.
-        window_ns: First and last-but-one nanosecond of the measured window, by the rank's clock.
+        window_ns: First and last-but-one nanosecond of the measured window, by the rank's clock; None where that is
+            not known yet, so that nothing lies inside.
+
+    Attributes:
+        window: Storage operations inside the window.
+        total: The same of the whole run.
+        requests: Requests inside the window.
+        total_requests: The same of the whole run.
+        latency: The latencies inside the window, by name.
+        payload_ns: Processor time inside the window that payloads took.
+        verify_failures: Reads of the whole run that did not get what had been written, copies from DRAM among them.
+        failures: Messages of the first `FAILURES_KEPT` of them.
     """
 
-    def __init__(self, *, object_bytes: int, stored_bytes: int, window_ns: tuple[int, int]) -> None:
+    def __init__(self, *, object_bytes: int, stored_bytes: int, window_ns: tuple[int, int] | None = None) -> None:
         self._object_bytes = object_bytes
         self._padding_bytes = stored_bytes - object_bytes
-        self._start_ns, self._end_ns = window_ns
+        self._start_ns, self._end_ns = window_ns or (0, 0)
+        self.payload_ns = 0
+        self.verify_failures = 0
+        self.failures: list[str] = []
         self.window = StorageTally()
         self.total = StorageTally()
         self.requests = RequestTally()
@@ -124,6 +159,15 @@ class Recorder:
     def inside(self, at_ns: int) -> bool:
         """Whether `at_ns` lies inside the measured window."""
         return self._start_ns <= at_ns < self._end_ns
+
+    def open(self, window_ns: tuple[int, int]) -> None:
+        """Say when the window is; see `window_ns` of the class."""
+        self._start_ns, self._end_ns = window_ns
+
+    @property
+    def start_ns(self) -> int | None:
+        """When the window begins; None where that is not known yet."""
+        return self._start_ns if self._end_ns else None
 
     def close(self, at_ns: int) -> None:
         """End the window now, where it has not ended: the run stopped early."""
@@ -135,10 +179,15 @@ class Recorder:
         return max(self._end_ns - self._start_ns, 0)
 
     def operations(self, finished: Iterable[OpDone]) -> None:
-        """Count finished operations of the I/O threads. Those that were never tried do not count."""
+        """Count finished operations of the I/O engine. Those that were never tried do not count."""
         for done in finished:
-            if isinstance(done.error, OperationSkippedError):
-                continue
+            if done.error is not None:
+                if isinstance(done.error, OperationSkippedError):
+                    continue
+                if isinstance(done.error, VerifyError):
+                    self.verify_failures += 1
+                    if len(self.failures) < FAILURES_KEPT:
+                        self.failures.append(str(done.error))
             inside = self.inside(done.end_ns)
             latency = _LATENCY_OF.get(done.op.kind)
             if latency is not None:
@@ -146,6 +195,7 @@ class Recorder:
                 if inside:
                     self.window.add(done, self._object_bytes, self._padding_bytes)
             if inside:
+                self.payload_ns += done.payload_ns
                 self.latency["queue_wait"].record(done.start_ns - done.queued_ns)
                 if latency is not None and done.error is None:
                     self.latency[latency].record(done.end_ns - done.start_ns)
@@ -154,12 +204,6 @@ class Recorder:
         """Count a latency that ended at `end_ns`."""
         if self.inside(end_ns):
             self.latency[latency].record(end_ns - start_ns)
-
-    def written_behind(self, queued_ns: int, finished: Iterable[OpDone]) -> None:
-        """Count the time from a block's store step to its write being complete."""
-        for done in finished:
-            if done.error is None and self.inside(done.end_ns):
-                self.latency["write_behind"].record(done.end_ns - queued_ns)
 
     def answered(self, request: Answered) -> None:
         """Count a request that was answered."""
@@ -184,15 +228,23 @@ class Recorder:
         if self.inside(at_ns):
             self.window.writes_dropped += blocks
 
-    def deduplicated(self, at_ns: int, blocks: int) -> None:
-        """Count new blocks that storage had already, or was about to have."""
-        self.total.dedup_skipped_bytes += blocks * self._object_bytes
+    def deferred(self, at_ns: int, blocks: int) -> None:
+        """Count blocks that were not stored because it was their first use."""
+        self.total.writes_deferred += blocks
         if self.inside(at_ns):
-            self.window.dedup_skipped_bytes += blocks * self._object_bytes
+            self.window.writes_deferred += blocks
+
+    def deduplicated(self, at_ns: int, objects: int) -> None:
+        """Count objects of new blocks that storage had already, or was about to have."""
+        self.total.dedup_skipped_bytes += objects * self._object_bytes
+        if self.inside(at_ns):
+            self.window.dedup_skipped_bytes += objects * self._object_bytes
 
     @staticmethod
     def _count(tally: RequestTally, request: Answered) -> None:
         tally.completed += 1
+        tally.loads_skipped += request.load_skipped
+        tally.loads_abandoned += request.load_abandoned
         tally.prompt_tokens += request.prompt_tokens
         tally.output_tokens += request.output_tokens
         tally.prompt_blocks += request.prompt_blocks

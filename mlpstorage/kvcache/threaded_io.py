@@ -1,30 +1,48 @@
-"""The engine's I/O by real threads: a batch of operations becomes one awaitable."""
+"""The engine's I/O by an I/O engine with threads of its own: a batch of operations becomes one awaitable."""
 
 import asyncio
 from collections.abc import Callable, Sequence
 
-from mlpstorage.storage.ops import Lane, Op, OpDone
-from mlpstorage.storage.pool import IoPool
+from mlpstorage.storage.ops import Chain, IoEngine, Lane, OpDone
+
+
+class SubmittedBatch:
+    """A batch of operations on its way; see `block_io.Submitted`."""
+
+    __slots__ = ("_batch", "_io_engine", "finished")
+
+    def __init__(self, io_engine: IoEngine, batch: object, finished: asyncio.Future[list[OpDone]]) -> None:
+        self._io_engine = io_engine
+        self._batch = batch
+        self.finished = finished
+
+    def cancel(self) -> None:
+        """Give up the chains that were not begun; they are reported as skipped."""
+        self._io_engine.cancel(self._batch)
 
 
 class ThreadedIO:
-    """Hands batches to an I/O pool and brings what became of them back into the event loop.
+    """Hands batches to an I/O engine and brings what became of them back into the event loop.
 
     Args:
-        pool: The threads.
+        io_engine: What does the operations.
         on_operations: Called in the event loop with every finished batch, also where nobody waits for it any more, so
             that no I/O that was done goes uncounted.
     """
 
-    def __init__(self, pool: IoPool, on_operations: Callable[[list[OpDone]], None]) -> None:
-        self._pool = pool
+    def __init__(self, io_engine: IoEngine, on_operations: Callable[[list[OpDone]], None]) -> None:
+        self._io_engine = io_engine
         self._on_operations = on_operations
         self._outstanding = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def run(self, chains: Sequence[Sequence[Op]], lane: Lane) -> list[OpDone]:
-        """Do a batch of operations; return when all are finished."""
+    def begin(self, chains: Sequence[Chain], lane: Lane) -> SubmittedBatch:
+        """Hand over a batch of operations.
+
+        Raises:
+            RuntimeError: The I/O engine is closed.
+        """
         loop = asyncio.get_running_loop()
         finished: asyncio.Future[list[OpDone]] = loop.create_future()
 
@@ -39,14 +57,19 @@ class ThreadedIO:
         def to_loop(done: list[OpDone]) -> None:
             loop.call_soon_threadsafe(arrived, done)
 
+        batch = self._io_engine.submit(chains, lane, to_loop)
+        # `arrived` runs in this loop, and so not before this.
         self._outstanding += 1
         self._idle.clear()
-        self._pool.submit(chains, lane, to_loop)
-        return await finished
+        return SubmittedBatch(self._io_engine, batch, finished)
+
+    async def run(self, chains: Sequence[Chain], lane: Lane) -> list[OpDone]:
+        """Do a batch of operations; return when all are finished."""
+        return await self.begin(chains, lane).finished
 
     def cancel_queued(self) -> None:
-        """Give up the operations that no thread has begun."""
-        self._pool.cancel_queued()
+        """Give up the operations that have not begun."""
+        self._io_engine.cancel_queued()
 
     async def idle(self) -> None:
         """Return when no operation is queued or running."""

@@ -34,11 +34,14 @@ class TierSize:
 class DataSizes:
     """Sizes of a load of one rank.
 
-    `break_even_gib_per_s` is the bandwidth above which reading a cached token takes less time than computing it:
-    prefill tokens a second x bytes per token.
+    A block is one object, or one a kv rank; bytes of blocks are of all their objects. `break_even_gib_per_s` is the
+    bandwidth above which reading a cached token takes less time than computing it: prefill tokens a second x bytes per
+    token.
     """
 
     model: str
+    profile: str | None
+    tensor_parallel: int
     num_users: int
     bytes_per_token: int
     window_bytes_per_sequence: int
@@ -46,6 +49,8 @@ class DataSizes:
     bytes_per_block: int
     stored_bytes_per_block: int
     padding_bytes_per_block: int
+    objects_per_block: int
+    bytes_per_object: int
     prefill_tokens_per_s: float
     break_even_gib_per_s: float
     contexts: tuple[ContextSize, ...]
@@ -79,19 +84,23 @@ def data_sizes(spec: KVCacheSpec) -> DataSizes:
             ContextSize(
                 context_tokens=context_tokens,
                 blocks_per_user=of_user,
-                bytes_per_user=of_user * planned.stored_bytes,
-                bytes_all_users=of_user * planned.stored_bytes * spec.num_users,
+                bytes_per_user=of_user * planned.stored_block_bytes,
+                bytes_all_users=of_user * planned.stored_block_bytes * spec.num_users,
             )
         )
     return DataSizes(
         model=spec.model,
+        profile=spec.profile,
+        tensor_parallel=spec.tensor_parallel,
         num_users=spec.num_users,
         bytes_per_token=planned.bytes_per_token,
         window_bytes_per_sequence=spec.shape.window_bytes_per_sequence,
         block_tokens=tokens,
-        bytes_per_block=planned.object_bytes,
-        stored_bytes_per_block=planned.stored_bytes,
-        padding_bytes_per_block=planned.stored_bytes - planned.object_bytes,
+        bytes_per_block=planned.block_bytes,
+        stored_bytes_per_block=planned.stored_block_bytes,
+        padding_bytes_per_block=planned.stored_block_bytes - planned.block_bytes,
+        objects_per_block=planned.kv_ranks,
+        bytes_per_object=planned.object_bytes,
         prefill_tokens_per_s=spec.prefill_tokens_per_s,
         break_even_gib_per_s=spec.prefill_tokens_per_s * planned.bytes_per_token / GIB,
         contexts=tuple(contexts),

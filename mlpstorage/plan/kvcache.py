@@ -3,22 +3,34 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
-from mlpstorage.config import GIB, MIB, PAGE_BYTES
+from mlpstorage.cluster.facts import FileSystemSpace
+from mlpstorage.config import GIB, MIB
+from mlpstorage.config import Layout as StoreLayout
 from mlpstorage.errors import ConfigurationError
 from mlpstorage.spec.kvcache import KVCacheSpec
+from mlpstorage.storage.base import buffer_bytes, padded_bytes
+from mlpstorage.storage.location import S3Location
 
 CLIENT_BYTES = 300 * MIB
-"""Memory that a rank may use beside its DRAM tier and the blocks in flight."""
+"""Memory that a rank may use beside its DRAM tier and its I/O buffers."""
 
 STORAGE_FREE_FRACTION = 5
 """The automatic storage limit leaves one part in so many of the file system free."""
 
+NULL_STORAGE_GIB = 100.0
+"""The automatic limit of the layout that stores nothing: what a disk could well give, and an index of small blocks
+(tiny-1b, 16 tokens) that fits the memory of a client."""
+
 CPU_TIER_MOST_BYTES = 32 * GIB
 """Most that the automatic DRAM tier takes."""
 
-WRITE_QUEUE_BYTES = GIB
-"""Blocks that wait to be written, at most; then a request's store step waits."""
+QUEUED_OBJECTS = 2
+"""The write queue holds so many objects for each that can be in flight, however large they are."""
+
+QUEUE_PART = 4
+"""The write queue takes at most one part in so many of the storage tier."""
 
 WARMUP_PART = 5
 WARMUP_MOST_S = 60.0
@@ -26,57 +38,78 @@ WARMUP_MOST_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Object sizes and tier capacities of one rank.
+    """Sizes and tier capacities of one rank. A block is one object, or one a kv rank.
 
     Attributes:
-        bytes_per_token: Bytes of keys and values of one token.
-        block_tokens: Tokens of one object.
+        bytes_per_token: Bytes of keys and values of one token, on all kv ranks together.
+        block_tokens: Tokens of one block.
+        kv_ranks: Objects of one block.
         object_bytes: Payload of one object.
         stored_bytes: The same, padded to 4 KiB for direct I/O.
-        gpu_blocks: Objects that the GPU tier holds.
-        cpu_blocks: Objects that the DRAM tier holds; None while its size is not known.
-        storage_blocks: Objects that the storage tier holds; None likewise.
-        write_queue_blocks: Objects that may wait to be written.
-        in_flight_bytes: Most bytes in I/O buffers at once.
+        block_bytes: Payload of all objects of a block.
+        stored_block_bytes: The same, padded.
+        gpu_blocks: Blocks that the GPU tier holds.
+        cpu_blocks: Blocks that the DRAM tier holds; None while its size is not known.
+        storage_blocks: Blocks that the storage tier holds; None likewise.
+        write_queue_blocks: Blocks that may wait to be written.
+        in_flight_bytes: Most bytes of objects in flight.
+        io_memory_bytes: Memory of the I/O buffers, with the random bytes that objects are made of, and for layout
+            object with the HTTP client's copies.
     """
 
     bytes_per_token: int
     block_tokens: int
+    kv_ranks: int
     object_bytes: int
     stored_bytes: int
+    block_bytes: int
+    stored_block_bytes: int
     gpu_blocks: int
     cpu_blocks: int | None
     storage_blocks: int | None
     write_queue_blocks: int
     in_flight_bytes: int
+    io_memory_bytes: int
+
+    @property
+    def storage_objects(self) -> int:
+        """Objects that the storage tier holds: slots of a slab; 0 while its size is not known."""
+        return (self.storage_blocks or 0) * self.kv_ranks
 
 
 def sizes(spec: KVCacheSpec, block_tokens: int) -> Sizes:
-    """Sizes that follow from the spec, for objects of `block_tokens` tokens."""
-    per_token = spec.shape.bytes_per_token
-    object_bytes = per_token * block_tokens
-    stored_bytes = -(-object_bytes // PAGE_BYTES) * PAGE_BYTES
+    """Sizes that follow from the spec, for blocks of `block_tokens` tokens."""
+    kv_ranks = spec.shape.kv_ranks(spec.tensor_parallel)
+    object_bytes = spec.shape.kv_rank_bytes_per_token(spec.tensor_parallel) * block_tokens
+    stored_bytes = padded_bytes(object_bytes)
+    in_flight_bytes = spec.depth * stored_bytes
+    copies_bytes = in_flight_bytes if spec.store_layout is StoreLayout.OBJECT else 0
 
-    def capacity(gib: float | None, each_bytes: int) -> int | None:
-        return None if gib is None else int(gib * GIB) // each_bytes
+    def capacity(gib: float | None) -> int | None:
+        return None if gib is None else int(gib * GIB) // (kv_ranks * stored_bytes)
 
     return Sizes(
-        bytes_per_token=per_token,
+        bytes_per_token=spec.bytes_per_token,
         block_tokens=block_tokens,
+        kv_ranks=kv_ranks,
         object_bytes=object_bytes,
         stored_bytes=stored_bytes,
-        gpu_blocks=int(spec.gpu_mem_gb * GIB) // object_bytes,
-        cpu_blocks=capacity(spec.cpu_mem_gb, stored_bytes),
-        storage_blocks=capacity(spec.storage_gb, stored_bytes),
-        write_queue_blocks=_write_queue_blocks(spec.io_threads, stored_bytes, capacity(spec.storage_gb, stored_bytes)),
-        in_flight_bytes=spec.io_threads * stored_bytes,
+        block_bytes=kv_ranks * object_bytes,
+        stored_block_bytes=kv_ranks * stored_bytes,
+        gpu_blocks=int(spec.gpu_mem_gb * GIB) // (kv_ranks * object_bytes),
+        cpu_blocks=capacity(spec.cpu_mem_gb),
+        storage_blocks=capacity(spec.storage_gb),
+        write_queue_blocks=_write_queue_blocks(spec, kv_ranks, stored_bytes, capacity(spec.storage_gb)),
+        in_flight_bytes=in_flight_bytes,
+        io_memory_bytes=spec.depth * buffer_bytes(stored_bytes, spec.depth) + copies_bytes,
     )
 
 
-def _write_queue_blocks(io_threads: int, stored_bytes: int, storage_blocks: int | None) -> int:
-    """Room of the write queue: 1 GiB, or work for every thread; at most a quarter of the storage tier, at least one."""
-    wanted = max(2 * io_threads, WRITE_QUEUE_BYTES // stored_bytes)
-    return wanted if storage_blocks is None else max(1, min(wanted, storage_blocks // 4))
+def _write_queue_blocks(spec: KVCacheSpec, kv_ranks: int, stored_bytes: int, storage_blocks: int | None) -> int:
+    """Room of the write queue: as asked, or enough to do; at most a part of the storage tier, at least one block."""
+    busy = -(-QUEUED_OBJECTS * spec.depth // kv_ranks)
+    wanted = max(busy, int(spec.write_queue_gib * GIB) // (kv_ranks * stored_bytes))
+    return wanted if storage_blocks is None else max(1, min(wanted, storage_blocks // QUEUE_PART))
 
 
 def warmup_s(spec: KVCacheSpec) -> float:
@@ -84,10 +117,25 @@ def warmup_s(spec: KVCacheSpec) -> float:
     return min(spec.duration / WARMUP_PART, WARMUP_MOST_S) if spec.warmup is None else spec.warmup
 
 
+def with_settled_io(spec: KVCacheSpec) -> KVCacheSpec:
+    """The spec with layout, objects in flight and threads, where left to the program, settled; no host matters."""
+    return spec.model_copy(update={"layout": spec.store_layout, "io_depth": spec.depth, "io_threads": spec.threads})
+
+
 def with_automatic_sizes(
-    spec: KVCacheSpec, *, memory_free_bytes: int, storage_total_bytes: int, storage_free_bytes: int, ranks_on_host: int
+    spec: KVCacheSpec, *, memory_free_bytes: int, space: FileSystemSpace | None, ranks_on_host: int
 ) -> KVCacheSpec:
-    """The spec with every size that was left to the program worked out for one rank of a host."""
+    """The spec with everything that was left to the program worked out for one rank of a host.
+
+    Args:
+        spec: What was asked for.
+        memory_free_bytes: Memory that is free on the host.
+        space: Room of the cache directory's file system; None where there is none or it tells no size.
+        ranks_on_host: Ranks that share the two.
+
+    Raises:
+        ConfigurationError: There is no telling how large the storage tier may be.
+    """
     changes: dict[str, object] = {}
     if spec.warmup is None:
         changes["warmup"] = warmup_s(spec)
@@ -95,15 +143,26 @@ def with_automatic_sizes(
         share = min(CPU_TIER_MOST_BYTES, memory_free_bytes // ranks_on_host // 2)
         changes["cpu_mem_gb"] = _whole_mib(share)
     if spec.storage_gb is None:
-        room = storage_free_bytes - storage_total_bytes // STORAGE_FREE_FRACTION
-        if room <= 0:
-            raise ConfigurationError(
-                f"the file system of the cache directory has {gib(storage_free_bytes)} free of "
-                f"{gib(storage_total_bytes)}, less than the fifth that the automatic limit leaves free: give the limit "
-                "with --storage-gb, or another --cache-dir"
-            )
-        changes["storage_gb"] = max(_whole_mib(room // ranks_on_host), 1 / 1024)
-    return spec.model_copy(update=changes)
+        changes["storage_gb"] = _automatic_storage_gib(spec, space, ranks_on_host)
+    return with_settled_io(spec).model_copy(update=changes)
+
+
+def _automatic_storage_gib(spec: KVCacheSpec, space: FileSystemSpace | None, ranks_on_host: int) -> float:
+    if spec.store_layout is StoreLayout.NULL:
+        return NULL_STORAGE_GIB
+    if space is None:
+        where = (
+            "an object store" if spec.store_layout is StoreLayout.OBJECT else "the file system of the cache directory"
+        )
+        raise ConfigurationError(f"--storage-gb: {where} tells no size: give the limit of the storage tier")
+    room = space.free_bytes - space.total_bytes // STORAGE_FREE_FRACTION
+    if room <= 0:
+        raise ConfigurationError(
+            f"the file system of the cache directory has {gib(space.free_bytes)} free of {gib(space.total_bytes)}, "
+            "less than the fifth that the automatic limit leaves free: give the limit with --storage-gb, or another "
+            "--cache-dir"
+        )
+    return max(_whole_mib(room // ranks_on_host), 1 / 1024)
 
 
 def check_room(
@@ -111,7 +170,7 @@ def check_room(
     planned: Sizes,
     *,
     memory_free_bytes: int,
-    storage_free_bytes: int,
+    storage_free_bytes: int | None,
     ranks_on_host: int,
     where: str,
 ) -> None:
@@ -121,7 +180,7 @@ def check_room(
         spec: With every size worked out.
         planned: Its sizes.
         memory_free_bytes: Memory that is free on the host.
-        storage_free_bytes: Free bytes of the cache directory's file system.
+        storage_free_bytes: Free bytes of the cache directory's file system; None where there is no such limit.
         ranks_on_host: Ranks that share the two.
         where: The cache directory, for the message.
 
@@ -131,22 +190,22 @@ def check_room(
     assert spec.cpu_mem_gb is not None, "sizes are worked out first"
     assert spec.storage_gb is not None, "sizes are worked out first"
     each = f"{ranks_on_host} ranks" if ranks_on_host > 1 else "one rank"
-    memory_bytes = ranks_on_host * (int(spec.cpu_mem_gb * GIB) + planned.in_flight_bytes + CLIENT_BYTES)
+    memory_bytes = ranks_on_host * (int(spec.cpu_mem_gb * GIB) + planned.io_memory_bytes + CLIENT_BYTES)
     if memory_bytes > memory_free_bytes:
         raise ConfigurationError(
             f"not enough memory: the plan needs {gib(memory_bytes)} for {each} (DRAM tier {spec.cpu_mem_gb:g} GiB, "
-            f"blocks in flight {gib(planned.in_flight_bytes)}, client {gib(CLIENT_BYTES)}), {gib(memory_free_bytes)} "
-            "are free: lower --cpu-mem-gb, --io-threads or --block-tokens"
+            f"I/O buffers {gib(planned.io_memory_bytes)}, client {gib(CLIENT_BYTES)}), {gib(memory_free_bytes)} "
+            "are free: lower --cpu-mem-gb, --io-depth or --block-tokens"
         )
     storage_bytes = ranks_on_host * int(spec.storage_gb * GIB)
-    if storage_bytes > storage_free_bytes:
+    if storage_free_bytes is not None and storage_bytes > storage_free_bytes:
         raise ConfigurationError(
             f"not enough space: the plan needs {gib(storage_bytes)} for {each} in {where}, {gib(storage_free_bytes)} "
             "are free: lower --storage-gb or choose another --cache-dir"
         )
     if not planned.storage_blocks:
         raise ConfigurationError(
-            f"the storage tier of {spec.storage_gb:g} GiB holds no object of {gib(planned.stored_bytes)}: raise "
+            f"the storage tier of {spec.storage_gb:g} GiB holds no block of {gib(planned.stored_block_bytes)}: raise "
             "--storage-gb or lower --block-tokens"
         )
 
@@ -174,8 +233,12 @@ def layout(spec: KVCacheSpec, is_local: Callable[[str], bool]) -> Layout:
     return Layout(ranks=ranks, ranks_here=0 if elsewhere else ranks, uses_mpi=elsewhere or ranks > 1)
 
 
-def rank_directory(cache_dir: Path, rank: int) -> Path:
-    """The directory of one rank below the cache directory."""
+@overload
+def rank_directory(cache_dir: Path, rank: int) -> Path: ...
+@overload
+def rank_directory(cache_dir: S3Location, rank: int) -> S3Location: ...
+def rank_directory(cache_dir: Path | S3Location, rank: int) -> Path | S3Location:
+    """The place of one rank below the cache directory."""
     return cache_dir / f"rank_{rank}"
 
 

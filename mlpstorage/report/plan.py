@@ -3,10 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from mlpstorage.config import IoEngineName
+from mlpstorage.config import Layout as StoreLayout
 from mlpstorage.plan.datasize import DataSizes
 from mlpstorage.plan.kvcache import Layout, Sizes, gib, warmup_s
 from mlpstorage.spec.fields import Source
-from mlpstorage.spec.kvcache import KVCacheSpec
+from mlpstorage.spec.kvcache import KVCacheSpec, value_text
+from mlpstorage.spec.storage import FILE_LAYOUTS, POLICY, levels_text
+from mlpstorage.storage.location import S3Location
 
 AUTO = "auto, worked out when it runs"
 
@@ -18,7 +22,7 @@ def plan_text(
     layout: Layout,
     *,
     result_dir: Path,
-    cache_dir: Path,
+    cache_dir: Path | S3Location,
     command: str,
     refusal: str | None,
 ) -> str:
@@ -32,19 +36,24 @@ def plan_text(
     rows = [
         ("model", f"{spec.model}, {planned.bytes_per_token:,} bytes per token"),
         ("load", per_second),
-        ("objects", f"{planned.block_tokens} tokens, {gib(planned.stored_bytes)} each ({_block_note(spec)})"),
+        ("profile", _profile(spec, sources)),
+        ("blocks", f"{planned.block_tokens} tokens, {gib(planned.stored_block_bytes)} each ({_block_note(spec)})"),
+        ("objects", _objects(spec, planned)),
         ("phases", f"{warmup_s(spec):g} s warm-up, {spec.duration:g} s measured window, drain"),
         ("ranks", f"{layout.ranks} on {hosts}{', started over MPI' if layout.uses_mpi else ''}"),
         ("GPU tier", f"{spec.gpu_mem_gb:g} GiB a rank"),
         ("DRAM tier", AUTO if spec.cpu_mem_gb is None else f"{spec.cpu_mem_gb:g} GiB a rank"),
         ("storage tier", AUTO if spec.storage_gb is None else f"at most {spec.storage_gb:g} GiB a rank"),
-        ("cache files", str(cache_dir)),
+        ("layout", _layout(spec)),
+        ("I/O", _io(spec)),
+        ("policies", _policies(spec)),
+        ("cache files", "none" if spec.store_layout is StoreLayout.NULL else str(cache_dir)),
         ("results", str(result_dir)),
     ]
     parameters = [
-        (name, f"{value}  ({sources[name]})")
+        (name, f"{_shown(name, value)}  ({sources[name]})")
         for name, value in spec.parameters().items()
-        if value is not None and value not in ([], {})
+        if not (value is None or (value in ([], {}) and sources[name] == "default"))
     ]
     return "\n".join(
         [
@@ -71,6 +80,7 @@ def data_sizes_text(estimate: DataSizes) -> str:
             "block on storage",
             f"{estimate.stored_bytes_per_block:,} bytes ({estimate.padding_bytes_per_block:,} padding)",
         ),
+        ("objects", f"{estimate.objects_per_block} a block, {estimate.bytes_per_object:,} bytes each"),
         ("break-even", f"reading beats computing above {estimate.break_even_gib_per_s:.2f} GiB/s, for one request"),
         ("prefill", f"{estimate.prefill_tokens_per_s:,.0f} tokens/s"),
     ]
@@ -99,7 +109,7 @@ def data_sizes_text(estimate: DataSizes) -> str:
         tiers.append(("all tiers", f"{estimate.total_blocks:,} blocks, {estimate.total_tokens:,} tokens"))
     return "\n".join(
         [
-            f"{estimate.model}, {estimate.num_users:,} users, sizes of one rank:",
+            f"{_load_name(estimate)}, {estimate.num_users:,} users, sizes of one rank:",
             *_lines(rows),
             "",
             "A context of",
@@ -110,6 +120,67 @@ def data_sizes_text(estimate: DataSizes) -> str:
             "",
         ]
     )
+
+
+def _load_name(estimate: DataSizes) -> str:
+    parts = [estimate.model]
+    if estimate.profile is not None:
+        parts.append(f"profile {estimate.profile}")
+    if estimate.tensor_parallel > 1:
+        parts.append(f"tensor parallel {estimate.tensor_parallel}")
+    return ", ".join(parts)
+
+
+def _profile(spec: KVCacheSpec, sources: Mapping[str, Source]) -> str:
+    if spec.profile is None:
+        return "none"
+    return f"{spec.profile}: {', '.join(name for name, source in sources.items() if source == 'profile')}"
+
+
+def _objects(spec: KVCacheSpec, planned: Sizes) -> str:
+    one = "one a block" if planned.kv_ranks == 1 else f"{planned.kv_ranks} a block, {gib(planned.stored_bytes)} each"
+    if spec.tensor_parallel == 1:
+        return one
+    copies = ", MLA is kept once" if planned.kv_ranks == 1 else ""
+    return f"{one} (tensor parallel {spec.tensor_parallel}{copies})"
+
+
+def _layout(spec: KVCacheSpec) -> str:
+    match spec.store_layout:
+        case StoreLayout.FILE:
+            return f"file, hash directories {levels_text(spec.file_levels)}"
+        case StoreLayout.OBJECT:
+            return f"object, parts of {spec.object_part_mib} MiB, {spec.io_limit_s:g} s an operation at most"
+        case StoreLayout.NULL:
+            return "null: nothing is stored, the client is measured"
+        case other:
+            return str(other)
+
+
+def _io(spec: KVCacheSpec) -> str:
+    threads = "1 thread" if spec.threads == 1 else f"{spec.threads} threads"
+    parts = [f"{spec.io_engine}, {spec.depth} objects in flight, {threads}"]
+    if spec.io_engine is IoEngineName.THREADS:
+        parts.append(f"priority {spec.io_priority}")
+    if spec.store_layout in FILE_LAYOUTS:
+        parts += [f"direct {spec.direct}", f"write sync {spec.write_sync}"]
+    return ", ".join([*parts, f"verify {spec.verify}"])
+
+
+def _policies(spec: KVCacheSpec) -> str:
+    """Those that are not the default ones, by their flags."""
+    fields = type(spec).model_fields
+    changed = [
+        f"{option.flags[0].removeprefix('--')} {value_text(getattr(spec, name))}"
+        for name, option in spec.options().items()
+        if option.group == POLICY and getattr(spec, name) != fields[name].default
+    ]
+    kept = [text for text, wanted in (("reuses the cache", spec.reuse_cache), ("keeps it", spec.keep_cache)) if wanted]
+    return ", ".join([*changed, *kept]) or "the default ones"
+
+
+def _shown(name: str, value: object) -> object:
+    return value_text(tuple(value)) if name == "file_levels" and isinstance(value, list) else value
 
 
 def _block_note(spec: KVCacheSpec) -> str:

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from mlpstorage.config import RunStatus
-from mlpstorage.results.merge import BOTTLENECK_CPU_SHARE, BOTTLENECK_LOOP_LAG_MS
 from mlpstorage.results.models import Latency, StorageCounts, Summary, TierRatios
 
 NOT_AVAILABLE = "n/a"
@@ -23,6 +22,9 @@ _READING_WIDTH = 100
 """Longer lines of prose are hard to read, and an output that is no terminal has no other limit."""
 
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+_FAILURES_SHOWN = 3
+"""Verification failures that are shown one by one; the summary keeps more."""
 
 _GOOD, _BAD, _WARN, _HEAD, _FAINT = "green", "bold red", "yellow", "bold", "dim"
 
@@ -206,17 +208,19 @@ def _planned_ranks(metadata: Mapping[str, object]) -> object:
 
 def _storage_table(summary: Summary) -> Table:
     storage = summary.storage
-    rows = (
+    rows: tuple[tuple[str, str, int, int | None, str], ...] = (
         ("read", significant(storage.read_gib_per_s), storage.read_ops, storage.read_bytes, "storage_read"),
         ("write", significant(storage.write_gib_per_s), storage.write_ops, storage.written_bytes, "storage_write"),
         ("delete", "-", storage.delete_ops, storage.deleted_bytes, "storage_delete"),
     )
+    if storage.sync_ops:
+        rows += (("sync", "-", storage.sync_ops, None, "storage_sync"),)
     table = new_table("Storage", "GiB/s", "ops", "bytes", "p50 ms", "p95 ms", "p99 ms")
     for name, rate, ops, moved_bytes, latency_name in rows:
         latency = summary.latency[latency_name]
         percentiles = (latency.p50_ms, latency.p95_ms, latency.p99_ms)
-        texts = (rate, f"{ops:,}", bytes_text(moved_bytes), *map(significant, percentiles))
-        table.add_row(name, *map(_cell, texts))
+        texts = (rate, f"{ops:,}", "-" if moved_bytes is None else bytes_text(moved_bytes))
+        table.add_row(name, *map(_cell, (*texts, *map(significant, percentiles))))
     return table
 
 
@@ -269,12 +273,20 @@ def _facts(summary: Summary) -> Table:
         f"(prefill {significant(breakeven.prefill_tokens_per_s)} tokens/s); "
         f"TTFT saved, mean: {saved}{_unit(saved, 'ms')}",
     )
-    cpu, lag = significant(client.cpu_ms_per_gib), significant(client.loop_lag_p99_ms)
+    cpu, lag, wait = map(significant, (client.cpu_ms_per_gib, client.loop_lag_p99_ms, client.cpu_wait_s))
     grid.add_row(
         "Client",
-        f"CPU {cpu}{_unit(cpu, 'ms')} per GiB moved, {client.cpu_s:.1f} s in all; "
-        f"peak RSS of a rank {bytes_text(client.max_rss_bytes)}; loop lag p99 {lag}{_unit(lag, 'ms')}",
+        f"CPU {cpu}{_unit(cpu, 'ms')} per GiB moved, {client.cpu_s:.1f} s in all, "
+        f"{percent_text(client.payload_cpu_share)} of it for stamps and checks; waited {wait}{_unit(wait, 's')} for a "
+        f"processor; peak RSS of a rank {bytes_text(client.max_rss_bytes)}; loop lag p99 {lag}{_unit(lag, 'ms')}",
     )
+    if summary.reuse is not None:
+        reuse = summary.reuse
+        grid.add_row(
+            "Reused",
+            f"{reuse.objects:,} objects ({bytes_text(reuse.bytes)}) of an earlier run, "
+            f"found in {reuse.rebuild_s:.2f} s",
+        )
     return grid
 
 
@@ -290,24 +302,36 @@ def _attention(summary: Summary, metadata: Mapping[str, object]) -> Iterator[Tex
         (_BAD, "I/O errors", _worst(storage, total, "io_errors"), "storage operations that failed"),
         (_BAD, "failed requests", summary.requests.failed, "inside the window"),
         (_WARN, "dropped writes", _worst(storage, total, "writes_dropped"), "blocks that were not stored"),
-        (_WARN, "buffered files", _worst(storage, total, "buffered_files"), "the page cache is part of these numbers"),
+        (_WARN, "abandoned loads", summary.requests.loads_abandoned, "they took too long and were computed instead"),
+        (_WARN, "retries", _worst(storage, total, "retries"), "storage requests that had to be sent again"),
+        (_WARN, "buffered files", _worst(storage, total, "buffered_files"), _page_cache_text(storage)),
     ):
         if count:
             yield _note(style, f"{name}: {count:,} ({meaning})")
+    for failure in summary.verify_failures[:_FAILURES_SHOWN]:
+        yield _note(_BAD, plain(failure))
     if summary.requests.completed and not storage.read_ops:
         yield _note(
             _WARN,
             "nothing was read from storage inside the window: the faster tiers held all that was found; "
             "run longer, or lower --gpu-mem-gb and --cpu-mem-gb",
         )
-    if summary.client.bottleneck:
-        yield _note(
-            _WARN,
-            f"client bottleneck: the client, not the storage, may be the limit (a host used more than "
-            f"{BOTTLENECK_CPU_SHARE:.0%} of its processor time, or loop lag p99 is over {BOTTLENECK_LOOP_LAG_MS:g} ms)",
-        )
+    if summary.client.bottleneck_reason is not None:
+        reason = plain(summary.client.bottleneck_reason)
+        yield _note(_WARN, f"client bottleneck: the client, not the storage, may be the limit ({reason})")
     if in_flight:
         yield _note("", f"in flight at the end of the window: {in_flight:,} (requests that are not counted)")
+
+
+def _page_cache_text(storage: StorageCounts) -> str:
+    """What is known of the page cache's part in buffered reads."""
+    if storage.page_cache_bytes is None:
+        return "the page cache is part of these numbers; how much of it cannot be known"
+    if not storage.read_bytes:
+        return "the page cache is part of these numbers"
+    # Padding counts in what the page cache held, but not in the bytes read.
+    part = percent_text(min(storage.page_cache_bytes / storage.read_bytes, 1.0))
+    return f"the page cache is part of these numbers; of what was read it held {part} beforehand"
 
 
 def _note(style: str, text: str) -> Text:
@@ -316,18 +340,22 @@ def _note(style: str, text: str) -> Text:
 
 def _worst(window: StorageCounts, total: StorageCounts, name: str) -> int:
     """A count of what went wrong in any phase."""
-    return max(int(getattr(window, name)), int(getattr(total, name)))
+    return max(int(getattr(window, name) or 0), int(getattr(total, name) or 0))
 
 
 def _numbers_missing(summary: Summary) -> bool:
     """Whether any number that the report shows is not there."""
+    sync = ("storage_sync",) if summary.storage.sync_ops else ()
+    names = (*_LATENCY_NAMES, "storage_read", "storage_write", "storage_delete", *sync)
     groups = (
-        *(summary.latency[name] for name in (*_LATENCY_NAMES, "storage_read", "storage_write", "storage_delete")),
+        *(summary.latency[name] for name in names),
         summary.hit_ratio.tokens,
         summary.requests,
         summary.storage,
         summary.breakeven,
     )
-    shown_missing = (value is None for group in groups for name, value in group if name not in {"p90_ms", "p999_ms"})
+    not_shown = {"p90_ms", "p999_ms", "page_cache_bytes"}
+    shown_missing = (value is None for group in groups for name, value in group if name not in not_shown)
     client = summary.client
-    return any(shown_missing) or client.cpu_ms_per_gib is None or client.loop_lag_p99_ms is None
+    of_client = (client.cpu_ms_per_gib, client.payload_cpu_share, client.cpu_wait_s, client.loop_lag_p99_ms)
+    return any(shown_missing) or None in of_client

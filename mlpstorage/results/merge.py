@@ -14,6 +14,7 @@ from mlpstorage.results.models import (
     Latency,
     RankResult,
     RequestRates,
+    Reuse,
     Slo,
     StorageCounts,
     Summary,
@@ -28,6 +29,17 @@ BOTTLENECK_CPU_SHARE = 0.9
 
 BOTTLENECK_LOOP_LAG_MS = 20.0
 """The client is the bottleneck where the 99th percentile of the event loops' lag, of all ranks, is above this."""
+
+BOTTLENECK_WAIT_SHARE_OF_STORAGE = 0.25
+BOTTLENECK_WAIT_SHARE_OF_WINDOW = 0.1
+"""The client is the bottleneck where the threads of a host's ranks waited for a processor for more than the first part
+of the time that counts as storage I/O, and for more than the second part of the window: what passes for the storage's
+time is then in good part the scheduler's."""
+
+VERIFY_FAILURES_KEPT = 100
+"""Messages of verification failures that a summary keeps; their number is in `storage_total.verify_errors`."""
+
+_STORAGE_LATENCIES = ("storage_read", "storage_write", "storage_delete", "storage_sync")
 
 _SEVERITY = (RunStatus.COMPLETE, RunStatus.RUNNING, RunStatus.INTERRUPTED, RunStatus.FAILED)
 """A rank's status, the worst last. A rank that left `running` behind never finished, which is worse than complete."""
@@ -72,6 +84,9 @@ def merge_ranks(
         client=_client(ordered, storage),
         breakeven=_breakeven(ordered, prefill_tokens_per_s, bytes_per_token),
         slo=_slo(latency["ttft"], ttft_p95_ms_target),
+        verify_failures=tuple(one for rank in ordered for one in rank.verify_failures)[:VERIFY_FAILURES_KEPT],
+        dropped_page_cache_bytes=_sum_or_none(rank.dropped_page_cache_bytes for rank in ordered),
+        reuse=_reuse(ordered),
         hosts=_hosts(ordered, window.measured_s),
     )
 
@@ -105,6 +120,8 @@ def _request_rates(ranks: Sequence[RankResult], measured_s: float) -> RequestRat
     return RequestRates(
         completed=completed,
         failed=sum(rank.requests.failed for rank in ranks),
+        loads_skipped=sum(rank.requests.loads_skipped for rank in ranks),
+        loads_abandoned=sum(rank.requests.loads_abandoned for rank in ranks),
         rate_per_s=_ratio(completed, measured_s),
         prompt_tokens_per_s=_ratio(sum(rank.requests.prompt_tokens for rank in ranks), measured_s),
         cached_tokens_per_s=_ratio(sum(rank.requests.cached_tokens.total for rank in ranks), measured_s),
@@ -133,11 +150,24 @@ def _tier_ratios(found: Sequence[TierCounts], whole: int) -> TierRatios:
 
 
 def _storage_sum(parts: Iterable[StorageCounts]) -> StorageCounts:
-    totals = dict.fromkeys(StorageCounts.model_fields, 0)
-    for part in parts:
-        for name, value in part.model_dump().items():
-            totals[name] += value
-    return StorageCounts(**totals)
+    counts = [part.model_dump() for part in parts]
+    return StorageCounts.model_validate(
+        {name: _sum_or_none(count[name] for count in counts) for name in StorageCounts.model_fields}
+    )
+
+
+def _reuse(ranks: Sequence[RankResult]) -> Reuse | None:
+    found = [rank.reuse for rank in ranks if rank.reuse is not None]
+    if not found:
+        return None
+    return Reuse(
+        objects=sum(one.objects for one in found),
+        bytes=sum(one.bytes for one in found),
+        damaged_objects=sum(one.damaged_objects for one in found),
+        incomplete_blocks=sum(one.incomplete_blocks for one in found),
+        foreign_entries=sum(one.foreign_entries for one in found),
+        rebuild_s=max(one.rebuild_s for one in found),
+    )
 
 
 def _latency(ranks: Sequence[RankResult]) -> dict[str, Latency]:
@@ -150,29 +180,69 @@ def _latency(ranks: Sequence[RankResult]) -> dict[str, Latency]:
 
 def _client(ranks: Sequence[RankResult], storage: StorageCounts) -> Client:
     cpu_s = sum(rank.client.cpu_s for rank in ranks)
+    payload_cpu_s = sum(rank.client.payload_cpu_s for rank in ranks)
+    waits_s = [rank.client.cpu_wait_s for rank in ranks if rank.client.cpu_wait_s is not None]
     moved_bytes = storage.read_bytes + storage.written_bytes + storage.padding_bytes
     lag_p99_ms = Latency.of(Histogram.merged(rank.client.loop_lag.restore() for rank in ranks)).p99_ms
+    reason = _bottleneck(ranks, lag_p99_ms)
     return Client(
         cpu_s=cpu_s,
         cpu_ms_per_gib=_ratio(cpu_s * 1000, moved_bytes / GIB),
+        payload_cpu_s=payload_cpu_s,
+        payload_cpu_share=_ratio(payload_cpu_s, cpu_s),
+        cpu_wait_s=sum(waits_s) if len(waits_s) == len(ranks) else None,
         max_rss_bytes=max(rank.client.max_rss_bytes for rank in ranks),
         os_read_bytes=_sum_or_none(rank.client.os_read_bytes for rank in ranks),
         os_written_bytes=_sum_or_none(rank.client.os_written_bytes for rank in ranks),
         loop_lag_p99_ms=lag_p99_ms,
-        bottleneck=(lag_p99_ms is not None and lag_p99_ms > BOTTLENECK_LOOP_LAG_MS)
-        or any(_host_saturated(on_host) for on_host in _by_host(ranks).values()),
+        bottleneck=reason is not None,
+        bottleneck_reason=reason,
     )
 
 
-def _host_saturated(on_host: Sequence[RankResult]) -> bool:
+def _bottleneck(ranks: Sequence[RankResult], lag_p99_ms: float | None) -> str | None:
+    """Why the processor, not the storage, may have been the limit; None where no rule says so."""
+    for host, on_host in _by_host(ranks).items():
+        reason = _saturated(on_host) or _starved(on_host)
+        if reason is not None:
+            return f"{host}: {reason}"
+    if lag_p99_ms is not None and lag_p99_ms > BOTTLENECK_LOOP_LAG_MS:
+        return f"the event loop was {lag_p99_ms:.1f} ms late at p99, over {BOTTLENECK_LOOP_LAG_MS:g} ms"
+    return None
+
+
+def _saturated(on_host: Sequence[RankResult]) -> str | None:
     """Whether the ranks of one host used nearly all of its processor time in their window.
 
     The host's cores are counted once, however many ranks share them.
     """
     cores = max(rank.client.cores for rank in on_host)
     measured_s = max(rank.window.measured_s for rank in on_host)
-    cpu_s = sum(rank.client.cpu_s for rank in on_host)
-    return measured_s > 0 and cpu_s > BOTTLENECK_CPU_SHARE * measured_s * cores
+    share = _ratio(sum(rank.client.cpu_s for rank in on_host), measured_s * cores)
+    if share is None or share <= BOTTLENECK_CPU_SHARE:
+        return None
+    return f"the client used {share:.1%} of the processor time of {cores} cores, over {BOTTLENECK_CPU_SHARE:.0%}"
+
+
+def _starved(on_host: Sequence[RankResult]) -> str | None:
+    """Whether the ranks of one host waited for processors so long that it shows in the storage's latencies.
+
+    A rank whose wait is not known counts on neither side: its latencies would make the others' wait look small.
+    """
+    measured_s = max(rank.window.measured_s for rank in on_host)
+    wait_s, storage_s = 0.0, 0.0
+    for rank in on_host:
+        if rank.client.cpu_wait_s is not None:
+            wait_s += rank.client.cpu_wait_s
+            storage_s += sum(rank.latency[name].sum_ns for name in _STORAGE_LATENCIES) / 1e9
+    if wait_s <= BOTTLENECK_WAIT_SHARE_OF_WINDOW * measured_s:
+        return None
+    if wait_s <= BOTTLENECK_WAIT_SHARE_OF_STORAGE * storage_s:
+        return None
+    return (
+        f"the client's threads waited {wait_s:.1f} s for a processor, over {BOTTLENECK_WAIT_SHARE_OF_STORAGE:.0%} of "
+        f"the {storage_s:.1f} s that count as storage I/O"
+    )
 
 
 def _breakeven(ranks: Sequence[RankResult], prefill_tokens_per_s: float, bytes_per_token: int) -> BreakEven:

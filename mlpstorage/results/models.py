@@ -10,10 +10,11 @@ from pydantic import BaseModel, ConfigDict
 from mlpstorage.config import BENCHMARK_TYPES, RunStatus
 from mlpstorage.measure.histogram import SCHEME, Histogram
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of metadata, summary and rank files.
 
 1: first version.
+2: layouts, profiles, policies, verification failures, client cost.
 """
 
 
@@ -71,10 +72,16 @@ class RankWindow(Record):
 
 
 class RequestCounts(Record):
-    """Requests whose answer was complete inside the window, and what was found for them."""
+    """Requests whose answer was complete inside the window, and what was found for them.
+
+    Of those, `loads_skipped` computed what storage held because it was too little, `loads_abandoned` because loading it
+    took too long; neither is part of what was found.
+    """
 
     completed: int
     failed: int
+    loads_skipped: int
+    loads_abandoned: int
     prompt_tokens: int
     output_tokens: int
     prompt_blocks: int
@@ -85,7 +92,12 @@ class RequestCounts(Record):
 
 
 class StorageCounts(Record):
-    """Storage operations of one phase. Bytes are payload; padding is counted apart, for reads and writes together."""
+    """Storage operations of one phase. Bytes are payload; padding is counted apart, for reads and writes together.
+
+    Operations and bytes are of objects, one a kv rank; `writes_dropped` and `writes_deferred` are blocks.
+    `page_cache_bytes` is the part of what was read that can have come from the page cache, padding included; None where
+    that is not known of some read. `writes_deferred` were not stored because it was their first use.
+    """
 
     read_bytes: int
     written_bytes: int
@@ -94,19 +106,29 @@ class StorageCounts(Record):
     read_ops: int
     write_ops: int
     delete_ops: int
+    sync_ops: int
+    retries: int
     direct_files: int
     buffered_files: int
+    page_cache_bytes: int | None
     io_errors: int
     verify_errors: int
     verified_bytes: int
     writes_dropped: int
+    writes_deferred: int
     dedup_skipped_bytes: int
 
 
 class RankClient(Record):
-    """What the client itself used. CPU time and loop lag are of the window, the rest of the whole process."""
+    """What the client itself used. All times are of the window, the rest is of the whole process.
+
+    `payload_cpu_s` is the part of `cpu_s` that filling, stamping and checking payloads took. `cpu_wait_s` is how long
+    threads were ready to run and waited for a processor, summed over threads; None where the kernel does not tell.
+    """
 
     cpu_s: float
+    payload_cpu_s: float
+    cpu_wait_s: float | None
     cores: int
     max_rss_bytes: int
     os_read_bytes: int | None
@@ -134,6 +156,17 @@ class Sample(Record):
     write_queue_blocks: int
 
 
+class Reuse(Record):
+    """What a run with `--reuse-cache` found in its place. Sums over ranks, but for `rebuild_s`, the longest of any."""
+
+    objects: int
+    bytes: int
+    damaged_objects: int
+    incomplete_blocks: int
+    foreign_entries: int
+    rebuild_s: float
+
+
 class RankError(Record):
     """Why a rank did not complete."""
 
@@ -148,6 +181,7 @@ LATENCIES = (
     "storage_read",
     "storage_write",
     "storage_delete",
+    "storage_sync",
     "queue_wait",
     "write_behind",
 )
@@ -170,6 +204,9 @@ class RankResult(Record):
     storage_total: StorageCounts
     latency: dict[str, HistogramData]
     client: RankClient
+    verify_failures: tuple[str, ...]
+    dropped_page_cache_bytes: int | None
+    reuse: Reuse | None
     host_facts: dict[str, object]
     samples: tuple[Sample, ...]
 
@@ -223,6 +260,8 @@ class RequestRates(Record):
 
     completed: int
     failed: int
+    loads_skipped: int
+    loads_abandoned: int
     rate_per_s: float | None
     prompt_tokens_per_s: float | None
     cached_tokens_per_s: float | None
@@ -257,11 +296,15 @@ class Client(Record):
 
     cpu_s: float
     cpu_ms_per_gib: float | None
+    payload_cpu_s: float
+    payload_cpu_share: float | None
+    cpu_wait_s: float | None
     max_rss_bytes: int
     os_read_bytes: int | None
     os_written_bytes: int | None
     loop_lag_p99_ms: float | None
     bottleneck: bool
+    bottleneck_reason: str | None
 
 
 class BreakEven(Record):
@@ -308,4 +351,7 @@ class Summary(Record):
     client: Client
     breakeven: BreakEven
     slo: Slo
+    verify_failures: tuple[str, ...]
+    dropped_page_cache_bytes: int | None
+    reuse: Reuse | None
     hosts: tuple[HostSummary, ...]

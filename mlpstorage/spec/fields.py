@@ -1,6 +1,6 @@
-"""How a spec's fields meet the outside: each field's flag beside it, and values from four sources merged.
+"""How a spec's fields meet the outside: each field's flag beside it, and values from five sources merged.
 
-Precedence: flag, environment, config file, default.
+Precedence: flag, environment, config file, profile, default.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError, UsageError
@@ -19,7 +19,10 @@ from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError,
 ENVIRONMENT_PREFIX = "MLPSTORAGE_"
 """An option `--some-name` is also read from the environment variable `MLPSTORAGE_SOME_NAME`."""
 
-Source = Literal["flag", "env", "file", "default", "auto"]
+NONE = "none"
+"""With this word a value that may be None is None, whatever a profile or a config file says."""
+
+Source = Literal["flag", "env", "file", "profile", "default", "auto"]
 """Where a parameter's value came from. `auto`: worked out from the machine or from other parameters."""
 
 
@@ -36,6 +39,8 @@ class Option:
         rank: Whether a rank's own command line carries it.
         nargs: As of argparse, where the flag takes several values.
         repeat: Whether the flag may be given several times, each adding to the value.
+        choices: The values that there are, where the field's type does not tell them.
+        none: Whether the word `none` stands for None.
     """
 
     flags: tuple[str, ...]
@@ -46,6 +51,8 @@ class Option:
     rank: bool = True
     nargs: str | None = None
     repeat: bool = False
+    choices: tuple[str, ...] | None = None
+    none: bool = False
 
 
 class Spec(BaseModel):
@@ -62,6 +69,30 @@ class Spec(BaseModel):
                 if isinstance(item, Option):
                     found[name] = item
         return found
+
+    @classmethod
+    def profile_values(cls, given: Mapping[str, Any]) -> Mapping[str, object]:  # noqa: ARG003 - for those that have profiles
+        """Values that stand between the defaults and the config file, for fields that were not given.
+
+        Args:
+            given: What flags, environment and config file say, unchecked.
+        """
+        return {}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_value(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("takes a value, not true or false")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _none_is_a_word(cls, value: object, info: ValidationInfo) -> object:
+        if value != NONE:
+            return value
+        option = cls.options().get(str(info.field_name))
+        return None if option is not None and option.none else value
 
 
 SpecT = TypeVar("SpecT", bound=Spec)
@@ -82,7 +113,7 @@ def resolve(
     environment: Mapping[str, str] | None = None,
     config_file: Path | None = None,
 ) -> Resolved[SpecT]:
-    """Merge flags, environment, config file and defaults into a checked spec.
+    """Merge flags, environment, config file, profile and defaults into a checked spec.
 
     Args:
         model: The spec to build.
@@ -109,15 +140,28 @@ def resolve(
         for name, value in layer.items():
             values[name] = value
             sources[name] = source
+    for name, value in model.profile_values(values).items():
+        if name not in values:
+            values[name] = value
+            sources[name] = "profile"
     try:
-        return Resolved(model.model_validate(values), sources)
+        spec = model.model_validate(values)
     except ValidationError as error:
         raise _explained(error, model, sources, config_file) from None
+    for name, source in sources.items():
+        if source == "default" and not _is_default(model, name, getattr(spec, name)):
+            sources[name] = "auto"
+    return Resolved(spec, sources)
 
 
 def flag_of(model: type[Spec], name: str) -> str:
     """The long flag of a field."""
     return model.options()[name].flags[0]
+
+
+def number_text(value: float) -> str:
+    """A number as one would write it; it reads back to the last bit."""
+    return str(int(value)) if float(value).is_integer() else repr(value)
 
 
 def _flag_values(model: type[Spec], args: Namespace) -> dict[str, Any]:

@@ -1,169 +1,30 @@
-"""Every parameter of the KV-cache benchmark: its flag, default, range and meaning."""
+"""Every parameter of the KV-cache benchmark: its flag, default, range and meaning.
 
-from collections.abc import Sequence
+The fields stand in three parts, each a model over the one before: `spec.workload`, `spec.storage`, and here where it
+runs and where its results go.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from mlpstorage.config import EXEC_TYPE, KVCACHE_MODELS, GenerationMode, PerformanceProfile, TouchOrder
+from mlpstorage.config import EXEC_TYPE
 from mlpstorage.errors import UsageError
-from mlpstorage.models import MODELS, ModelShape
-from mlpstorage.spec.fields import Option, Spec
+from mlpstorage.spec.fields import Option, number_text
 from mlpstorage.spec.hosts import Host, parse_hosts
+from mlpstorage.spec.profiles import values_beside
+from mlpstorage.spec.storage import StorageSpec, levels_text
 
-BOTH = ("run", "datasize")
-
-WORKLOAD = "Workload"
-TIME = "Time"
-TIERS = "Tiers"
-COMPUTE = "Compute model and targets"
-STORAGE = "Storage I/O"
 DISTRIBUTED = "Distributed execution"
 OUTPUT = "Output"
 
 DEFAULT_RESULTS_DIR = Path("mlpstorage-results")
 
 
-class KVCacheSpec(Spec):
+class KVCacheSpec(StorageSpec):
     """What a KV-cache run (or its size estimate) is asked to do. None stands for a value that is worked out."""
-
-    model: Annotated[
-        str,
-        Field(description="model whose KV cache is played"),
-        Option(flags=("--model", "-m"), group=WORKLOAD, commands=BOTH),
-    ] = "llama3.1-8b"
-    num_users: Annotated[
-        int,
-        Field(ge=1, le=1_000_000, description="concurrent users of each rank (synthetic sessions, closed loop)"),
-        Option(flags=("--num-users", "-nu"), group=WORKLOAD, metavar="N", commands=BOTH),
-    ] = 100
-    trace: Annotated[
-        Path | None,
-        Field(description="play this Mooncake trace (jsonl) by its timestamps, in the place of synthetic users"),
-        Option(flags=("--trace",), group=WORKLOAD, metavar="FILE"),
-    ] = None
-    time_scale: Annotated[
-        float,
-        Field(gt=0, description="multiply the trace's timestamps: 0.1 plays it ten times as fast"),
-        Option(flags=("--time-scale",), group=WORKLOAD, metavar="X"),
-    ] = 1.0
-    max_requests: Annotated[
-        int | None,
-        Field(ge=1, description="play the trace's first N requests only"),
-        Option(flags=("--max-requests",), group=WORKLOAD, metavar="N", default_text="all"),
-    ] = None
-    block_tokens: Annotated[
-        int,
-        Field(ge=1, le=1 << 20, description="tokens of one stored object; a trace with larger blocks keeps its own"),
-        Option(flags=("--block-tokens",), group=WORKLOAD, metavar="N", commands=BOTH),
-    ] = 256
-    disable_multi_turn: Annotated[
-        bool,
-        Field(description="every request of a synthetic user begins a new session"),
-        Option(flags=("--disable-multi-turn",), group=WORKLOAD),
-    ] = False
-    disable_prefix_caching: Annotated[
-        bool,
-        Field(description="look nothing up: every prompt is computed whole, its new blocks are still stored"),
-        Option(flags=("--disable-prefix-caching",), group=WORKLOAD),
-    ] = False
-    seed: Annotated[
-        int,
-        Field(ge=0, lt=1 << 63, description="seed of rank 0; rank r uses seed + r"),
-        Option(flags=("--seed",), group=WORKLOAD, metavar="N"),
-    ] = 42
-
-    duration: Annotated[
-        float,
-        Field(gt=0, description="seconds of the measured window"),
-        Option(flags=("--duration", "-d"), group=TIME, metavar="SECONDS"),
-    ] = 60
-    warmup: Annotated[
-        float | None,
-        Field(ge=0, description="seconds before the measured window"),
-        Option(
-            flags=("--warmup",),
-            group=TIME,
-            metavar="SECONDS",
-            default_text="auto: a fifth of the duration, at most 60",
-        ),
-    ] = None
-
-    gpu_mem_gb: Annotated[
-        float,
-        Field(ge=0, description="GPU tier of each rank, GiB; capacity only, nothing moves"),
-        Option(flags=("--gpu-mem-gb",), group=TIERS, metavar="GIB", commands=BOTH),
-    ] = 16.0
-    cpu_mem_gb: Annotated[
-        float | None,
-        Field(ge=0, description="DRAM tier of each rank, GiB; real memory"),
-        Option(
-            flags=("--cpu-mem-gb",),
-            group=TIERS,
-            metavar="GIB",
-            commands=BOTH,
-            default_text="auto: 32 or half of the memory that is free for the rank, whichever is less",
-        ),
-    ] = None
-    storage_gb: Annotated[
-        float | None,
-        Field(gt=0, description="limit of the storage tier of each rank, GiB"),
-        Option(
-            flags=("--storage-gb",),
-            group=TIERS,
-            metavar="GIB",
-            commands=BOTH,
-            default_text="auto: leaves a fifth of the file system free",
-        ),
-    ] = None
-    cache_dir: Annotated[
-        Path | None,
-        Field(description="directory for the cache files, on the storage to be measured"),
-        Option(flags=("--cache-dir",), group=TIERS, metavar="DIR", default_text="below the result directory"),
-    ] = None
-    touch: Annotated[
-        TouchOrder,
-        Field(description="in which order a request's blocks become recent"),
-        Option(flags=("--touch",), group=TIERS),
-    ] = TouchOrder.TAIL
-
-    generation_mode: Annotated[
-        GenerationMode,
-        Field(
-            description="none: no compute and no think time; fast: a tenth of the modelled times; "
-            "realistic: the modelled times"
-        ),
-        Option(flags=("--generation-mode",), group=COMPUTE),
-    ] = GenerationMode.REALISTIC
-    prefill_tokens_per_s: Annotated[
-        float,
-        Field(gt=0, description="prompt tokens that the modelled accelerators compute a second, for one request"),
-        Option(flags=("--prefill-tokens-per-s",), group=COMPUTE, metavar="N", commands=BOTH),
-    ] = 20_000.0
-    decode_tokens_per_s: Annotated[
-        float,
-        Field(gt=0, description="output tokens that they generate a second, for one request"),
-        Option(flags=("--decode-tokens-per-s",), group=COMPUTE, metavar="N"),
-    ] = 50.0
-    performance_profile: Annotated[
-        PerformanceProfile,
-        Field(description="targets of the verdict: TTFT p95 of 450 ms (latency) or 2,000 ms (throughput)"),
-        Option(flags=("--performance-profile",), group=COMPUTE),
-    ] = PerformanceProfile.LATENCY
-    fail_on_slo: Annotated[
-        bool,
-        Field(
-            description="end with exit code 1 where the target was missed, or too few requests were answered to tell"
-        ),
-        Option(flags=("--fail-on-slo",), group=COMPUTE, rank=False),
-    ] = False
-
-    io_threads: Annotated[
-        int,
-        Field(ge=1, le=1024, description="threads of each rank that do I/O; half prefer reads, half writes"),
-        Option(flags=("--io-threads",), group=STORAGE, metavar="N"),
-    ] = 8
 
     hosts: Annotated[
         tuple[str, ...],
@@ -230,33 +91,9 @@ class KVCacheSpec(Spec):
     ] = Field(default_factory=dict)
 
     @property
-    def shape(self) -> ModelShape:
-        """The model's shape."""
-        return MODELS[self.model]
-
-    @property
     def parsed_hosts(self) -> tuple[Host, ...]:
         """The hosts, ranges and lists expanded."""
         return parse_hosts(self.hosts)
-
-    @property
-    def ttft_p95_ms_target(self) -> float:
-        """Target of the verdict: MLPerf Inference's TTFT limits for Llama 2 70B, interactive and server scenario."""
-        return {PerformanceProfile.LATENCY: 450.0, PerformanceProfile.THROUGHPUT: 2000.0}[self.performance_profile]
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_switch_for_a_value(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("takes a value, not true or false")
-        return value
-
-    @field_validator("model")
-    @classmethod
-    def _known_model(cls, value: str) -> str:
-        if value not in MODELS:
-            raise ValueError(f"must be one of {', '.join(KVCACHE_MODELS)}")
-        return value
 
     @field_validator("hosts", mode="before")
     @classmethod
@@ -299,17 +136,10 @@ class KVCacheSpec(Spec):
             pairs[key] = text
         return pairs
 
-    @model_validator(mode="after")
-    def _options_fit_together(self) -> "KVCacheSpec":
-        if self.trace is None:
-            wrong = [name for name in ("max_requests",) if getattr(self, name) is not None]
-            if self.time_scale != 1.0:
-                wrong.append("time_scale")
-            if wrong:
-                raise ValueError(f"--{wrong[0].replace('_', '-')}: needs --trace")
-        elif self.disable_multi_turn:
-            raise ValueError("--disable-multi-turn: is for synthetic users; a trace brings its own sessions")
-        return self
+    @classmethod
+    def profile_values(cls, given: Mapping[str, Any]) -> Mapping[str, object]:
+        """See `Spec.profile_values`."""
+        return values_beside(given.get("profile"), given)
 
     def parameters(self) -> dict[str, Any]:
         """Every value as JSON has it."""
@@ -318,18 +148,33 @@ class KVCacheSpec(Spec):
 
 def rank_arguments(spec: KVCacheSpec) -> list[str]:
     """The flags with which a rank's own command line gives back the parts of `spec` that concern it."""
-    words: list[str] = []
-    for name, option in spec.options().items():
-        value = getattr(spec, name)
-        if not option.rank or value is None or value is False:
-            continue
-        words.append(option.flags[0])
-        if value is not True:
-            words.append(_word(value))
-    return words
+    return [word for name, option in spec.options().items() if option.rank for word in flag_words(spec, name)]
 
 
-def _word(value: object) -> str:
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return repr(value) if isinstance(value, float) else str(value)
+def flag_words(spec: KVCacheSpec, name: str) -> list[str]:
+    """The words of a command line that give a field its value; none for what can only be left out."""
+    option, value = spec.options()[name], getattr(spec, name)
+    flag = option.flags[0]
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    if name == "mpi_params":
+        # With `=`, because a value may begin with a dash.
+        return [f"{flag}={item}" for group in value for item in group]
+    if isinstance(value, dict):
+        return [flag, *(f"{key}={text}" for key, text in value.items())] if value else []
+    if option.nargs:
+        return [flag, *map(str, value)]
+    return [flag, value_text(value)]
+
+
+def value_text(value: object) -> str:
+    """A field's value as one would write it on a command line."""
+    match value:
+        case float():
+            return number_text(value)
+        case tuple():
+            return levels_text(value)
+        case _:
+            return str(value)

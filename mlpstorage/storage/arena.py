@@ -4,7 +4,9 @@ from mlpstorage.storage.base import aligned_memory
 
 
 class DramArena:
-    """Slots for objects, taken and given back by one thread; any thread may use a slot that is taken.
+    """Slots for blocks, taken and given back by one thread; any thread may use a slot that is taken.
+
+    A block of several objects (one a kv rank) has them one after the other in its slot.
 
     The mapping costs address space only: physical memory is taken as slots are first written. A slot given back last
     is handed out first, so that no more memory is touched than was ever in use at once.
@@ -37,12 +39,20 @@ class DramArena:
         self._free.append(slot)
         self.used_slots -= 1
 
-    def view(self, slot: int) -> memoryview:
-        """The memory of a slot, page-aligned where the slot size is a multiple of pages."""
+    def view(self, slot: int, part: int = 0, parts: int = 1) -> memoryview:
+        """The memory of a slot, or of one of the equal parts of it; page-aligned where a part is full pages.
+
+        Raises:
+            IndexError: There is no such slot.
+            ValueError: The arena is closed.
+        """
         if self._memory is None:
             raise ValueError("the arena is closed")
-        start = slot * self.slot_bytes
-        return self._memory[start : start + self.slot_bytes]
+        if not 0 <= slot < self.slots:
+            raise IndexError(f"there is no slot {slot} in an arena of {self.slots}")
+        part_bytes = self.slot_bytes // parts
+        start = slot * self.slot_bytes + part * part_bytes
+        return self._memory[start : start + part_bytes]
 
     @property
     def touched_bytes(self) -> int:

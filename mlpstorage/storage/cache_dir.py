@@ -1,143 +1,148 @@
-"""Whose a cache directory is: one run's at a time, and only what that run made is ever deleted.
+"""Whose a cache directory is: one run's at a time, and only what runs of this tool made is ever deleted.
 
     <directory>/.mlpstorage.lock     locked (flock) for as long as the run lives; the kernel frees it with the process
-    <directory>/.mlpstorage.json     the marker: which run it is, who runs it, which directories it created
-    <directory>/<run id>/...         the objects, laid out by `FileStore`
+    <directory>/.mlpstorage.json     the marker: which run it is, who runs it, what its objects are, whether they stay
+    <directory>/<run id>/...         the objects, laid out by a store
 
-A marker beside a free lock is what a dead run left. Its objects are found again by the marker's run id, and deleted by
-name: nothing is removed that does not look exactly like what a store makes, and no symbolic link is followed.
+A marker beside a free lock is what a dead run left, or one that was to keep its objects. The objects are found again by
+the marker, and deleted by name: nothing is removed that does not look exactly like what a store makes, and no symbolic
+link is followed. A run that uses what an earlier one left takes over the marker, not the name of the directory; should
+it be refused before it really begins, the marker is again as the earlier one left it.
 """
 
 import contextlib
 import errno
 import fcntl
-import json
 import os
-import re
-import socket
-import time
+import stat
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from mlpstorage.errors import AccessError, ConfigurationError, MLPStorageError
-from mlpstorage.storage.file_store import HASH_DIGITS, OBJECT_NAME, PROBE_NAME
+from mlpstorage.storage.claim import CacheFormat, Removed, check_reusable, kept_by_other
+from mlpstorage.storage.marker import MARKER_NAME, RUN_ID, Marker, new_marker, read_marker, write_marker
+from mlpstorage.storage.removal import object_room, remove_empty, remove_objects
 
 LOCK_NAME: Final = ".mlpstorage.lock"
-MARKER_NAME: Final = ".mlpstorage.json"
-_TEMPORARY_MARKER_NAME: Final = ".mlpstorage.json.tmp"
-_TOOL: Final = "mlpstorage"
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_MARKER_LIMIT_BYTES = 1 << 20
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ACCESS_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-_REMOVING_THREADS = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Marker:
-    """Who claimed a directory.
-
-    Attributes:
-        run_id: The run, and the name of its directory of objects.
-        pid: Process that holds the lock.
-        host: Host of that process.
-        created: When, in seconds since the epoch.
-        created_directories: Directories that the claim created, outermost first: `directory` or its parents.
-    """
-
-    run_id: str
-    pid: int
-    host: str
-    created: float
-    created_directories: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Removed:
-    """What was deleted: the objects of `run_id`, and their sizes as files."""
-
-    run_id: str
-    files: int
-    bytes: int
 
 
 class CacheDirectory:
-    """A directory that this process holds for a run; made by `claim`.
+    """A directory that this process holds for a run, a `Claim`; made by `claim`.
 
     Attributes:
         directory: The directory, absolute, with symbolic links resolved.
-        objects: Directory of the run's objects, a `FileStore`'s root.
+        objects: Directory of the objects, the root of a store.
         cleared: What a dead run had left and the claim deleted; None if nothing was found.
+        reused: Whether the objects are those of an earlier run.
     """
 
-    __slots__ = ("_created", "_lock", "cleared", "directory", "objects")
+    __slots__ = ("_earlier", "_keep", "_lock", "_marker", "cleared", "directory", "objects", "reused")
 
     def __init__(
-        self, directory: Path, objects: Path, lock: int, created: Sequence[str], cleared: Removed | None
+        self,
+        directory: Path,
+        marker: Marker,
+        lock: int,
+        *,
+        keep: bool,
+        cleared: Removed | None,
+        earlier: Marker | None,
     ) -> None:
         self.directory = directory
-        self.objects = objects
+        self.objects = directory / marker.objects
         self.cleared = cleared
-        self._created = tuple(created)
+        self.reused = earlier is not None
+        self._marker = marker
+        self._keep = keep
+        self._earlier = earlier  # whose objects are used, until the run begins
         self._lock: int | None = lock
 
     @classmethod
-    def claim(cls, directory: Path, run_id: str) -> "CacheDirectory":
-        """Take a directory for a run, create it if need be, and clear what a dead run left in it.
+    def claim(
+        cls,
+        directory: Path,
+        run_id: str,
+        *,
+        format: CacheFormat,  # noqa: A002 - the word for it
+        keep: bool = False,
+        reuse: bool = False,
+    ) -> "CacheDirectory":
+        """Take a directory for a run, create it if need be, and clear or take over what an earlier run left in it.
+
+        Args:
+            directory: The directory.
+            run_id: The run; its objects lie in a directory of this name.
+            format: What the run's objects are.
+            keep: Leave the objects where they are when the directory is given back, or the process is killed. Holds
+                from `run_begins` on; before that what is there is kept if it was to be.
+            reuse: Use the objects that an earlier run left, were they to be kept or was it killed. Without this what a
+                dead run left is cleared, unless it was to be kept.
 
         Raises:
-            ConfigurationError: Another run holds the directory, it cannot be used as one, or it holds something of the
-                run's name that is not this run's.
+            ConfigurationError: Another run holds the directory, it cannot be used as one, it holds objects that were to
+                be kept or that cannot be reused, or something of the run's name that is not this run's.
             AccessError: It may not be written.
         """
-        if not _RUN_ID.fullmatch(run_id):
+        if not RUN_ID.fullmatch(run_id):
             raise ConfigurationError(f"run id {run_id!r}: expected letters, digits, '.', '_' and '-'")
         with _told(directory):
             directory = directory.resolve()
             lock, created = _lock_for_claim(directory)
             try:
-                cleared, inherited = _clear_dead_run(directory)
-                created = [*inherited, *created]
-                objects = directory / run_id
-                _refuse_foreign(objects)
-                # The marker first: what is made after it can be found again, should the process die here.
-                _write_marker(directory, run_id, created)
-                try:
-                    objects.mkdir()
-                except OSError:
-                    (directory / MARKER_NAME).unlink()
-                    raise
+                marker, cleared, earlier = _taken(directory, created, run_id, format, keep=keep, reuse=reuse)
             except BaseException:
                 (directory / LOCK_NAME).unlink()
-                _remove_empty(created)
+                remove_empty(created)
                 os.close(lock)
                 raise
-        return cls(directory, objects, lock, created, cleared)
+        return cls(directory, marker, lock, keep=keep, cleared=cleared, earlier=earlier)
+
+    @property
+    def place(self) -> str:
+        """The directory, for messages."""
+        return str(self.directory)
+
+    def run_begins(self) -> None:
+        """The run really begins: from here on the marker says whether its objects are to be kept.
+
+        Raises:
+            AccessError: The marker may not be written.
+            ConfigurationError: It cannot be.
+        """
+        if self._lock is None:
+            raise ValueError("the directory was given back")
+        marker = replace(self._marker, keep=self._keep)
+        with _told(self.directory):
+            write_marker(self.directory, marker)
+        self._marker = marker
+        self._earlier = None
 
     def remove_objects(self) -> Removed:
-        """Delete the run's objects and the directories that held them; no store may use them any more."""
+        """Delete the objects and the directories that held them; no store may use them any more."""
         if self._lock is None:
             raise ValueError("the directory was given back")
         with _told(self.directory):
-            return _remove_objects(self.directory, self.objects.name)
+            return _remove(self.directory, self._marker)
 
     def release(self) -> None:
         """Give the directory back, and remove what the claim created and is empty. Calling it again does nothing.
 
-        Objects that are still there stay, and with them the marker, so that the next claim finds and clears them.
+        Objects that are still there stay, and with them the marker. The next claim clears them, or uses them; if they
+        were to be kept it does nothing but use them. Where they are an earlier run's and this one has not begun, the
+        marker is that run's again.
 
         Raises:
-            AccessError: The marker or the lock may not be removed.
+            AccessError: The marker or the lock may not be changed or removed.
         """
         lock, self._lock = self._lock, None
         if lock is None:
             return
         with _told(self.directory):
             try:
-                _give_back(self.directory, self.objects.name, self._created)
+                _give_back(self.directory, self._marker, self._earlier)
             finally:
                 os.close(lock)
 
@@ -145,7 +150,7 @@ class CacheDirectory:
 def clear_leftovers(directory: Path, run_id: str) -> Removed | None:
     """Delete what a run left in a directory when it was killed; None, and nothing done, while a process holds it.
 
-    A killed process holds its lock until it is gone: wait for it first.
+    Objects that were to be kept are. A killed process holds its lock until it is gone: wait for it first.
 
     Raises:
         AccessError: The leftovers may not be deleted.
@@ -161,15 +166,31 @@ def clear_leftovers(directory: Path, run_id: str) -> Removed | None:
         if lock is None:
             return None
         try:
-            marker = _read_marker(directory)
+            marker = read_marker(directory)
             if marker is None:  # killed between taking the lock and writing the marker: it made nothing else
                 (directory / LOCK_NAME).unlink()
             elif marker.run_id == run_id:
-                removed = _remove_objects(directory, run_id)
-                _give_back(directory, run_id, marker.created_directories)
+                removed = removed if marker.keep else _remove(directory, marker)
+                _give_back(directory, marker)
         finally:
             os.close(lock)
     return removed
+
+
+def leftover_bytes(directory: Path, *, reuse: bool = False) -> int:
+    """Bytes of storage that a claim of a directory would clear, or, with `reuse`, find its objects in.
+
+    0 where a process holds the directory, where nothing is there, where its objects are kept from such a claim, and
+    where it cannot be read, which the claim itself will tell.
+    """
+    with contextlib.suppress(OSError, ConfigurationError):
+        directory = directory.resolve()
+        if _is_held(directory):
+            return 0
+        marker = read_marker(directory)
+        if marker is not None and (reuse or not marker.keep):
+            return object_room(directory / marker.objects, marker.layout, marker.levels).bytes
+    return 0
 
 
 @contextlib.contextmanager
@@ -196,7 +217,7 @@ def _create(directory: Path) -> list[str]:
         except OSError:
             if path.is_dir():  # "/" on some systems, or a directory on a read-only file system
                 continue
-            _remove_empty(created)
+            remove_empty(created)
             raise
         created.append(str(path))
     return created
@@ -211,23 +232,15 @@ def _lock_for_claim(directory: Path) -> tuple[int, list[str]]:
         except FileNotFoundError:
             continue  # the run that made the directory has just ended and removed it
         except OSError:
-            _remove_empty(created)
+            remove_empty(created)
             raise
         if lock is None:
             raise _in_use(directory)
         return lock, created
 
 
-def _refuse_foreign(objects: Path) -> None:
-    if os.path.lexists(objects):
-        raise ConfigurationError(
-            f"{objects} is there already and is not this run's; remove it by hand, or choose another directory with "
-            "--cache-dir"
-        )
-
-
 def _in_use(directory: Path) -> ConfigurationError:
-    holder = _read_marker(directory)
+    holder = read_marker(directory)
     who = f"run {holder.run_id} (process {holder.pid} on {holder.host})" if holder else "a run that is just starting"
     return ConfigurationError(
         f"{directory} is in use by {who}; wait for it to end, or choose another directory with --cache-dir"
@@ -263,79 +276,101 @@ def _is_still(path: Path, descriptor: int) -> bool:
     return os.path.samestat(named, os.fstat(descriptor))
 
 
-def _write_marker(directory: Path, run_id: str, created: Sequence[str]) -> None:
-    document = {
-        "tool": _TOOL,
-        "run_id": run_id,
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "created": time.time(),
-        "created_directories": list(created),
-    }
-    temporary = directory / _TEMPORARY_MARKER_NAME
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor that follows no link
-        json.dump(document, file)
-    temporary.rename(directory / MARKER_NAME)
-
-
-def _read_marker(directory: Path) -> Marker | None:
-    """The marker of a directory; None if there is none.
-
-    Raises:
-        ConfigurationError: There is a file of that name that no run of this tool wrote.
-    """
-    path = directory / MARKER_NAME
+def _is_held(directory: Path) -> bool:
+    """Whether a process holds a directory now."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        lock = _try_lock(directory, create=False)
     except FileNotFoundError:
-        return None
-    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor that follows no link
-        content = file.read(_MARKER_LIMIT_BYTES)
-    marker = _parsed_marker(content)
-    if marker is None:
+        return False
+    if lock is None:
+        return True
+    os.close(lock)
+    return False
+
+
+def _taken(
+    directory: Path, created: list[str], run_id: str, cache_format: CacheFormat, *, keep: bool, reuse: bool
+) -> tuple[Marker, Removed | None, Marker | None]:
+    """Take over, or clear, what an earlier run left in a locked directory, and mark the directory as this run's.
+
+    `created` are the directories that this claim created; those that the earlier run had created are put before them.
+    Returns the marker, what was cleared, and the earlier run's marker where its objects were taken over.
+    """
+    earlier = read_marker(directory)
+    objects, cleared = run_id, None
+    if earlier is not None:
+        if reuse and _is_directory(directory / earlier.objects):
+            _check_reusable(directory, earlier, cache_format)
+            objects = earlier.objects
+        else:
+            cleared = _clear_dead_run(directory, earlier)
+        created[:0] = _own(directory, earlier.created_directories)
+    reused = earlier if cleared is None else None
+    # Until the run begins: one that is refused, or killed, takes nothing from what was to be kept, and keeps nothing.
+    keep = reused is not None and (keep or reused.keep)
+    marker = new_marker(run_id, objects, keep=keep, cache_format=cache_format, created_directories=tuple(created))
+    if reused is None:
+        _make_objects(directory, marker)
+    else:
+        write_marker(directory, marker)
+        reused = replace(reused, created_directories=marker.created_directories)
+    return marker, cleared, reused
+
+
+def _check_reusable(directory: Path, earlier: Marker, wanted: CacheFormat) -> None:
+    if earlier.format is None:
         raise ConfigurationError(
-            f"{path} is not a marker that mlpstorage wrote, so nothing here is safe to delete; "
-            "remove it by hand, or choose another directory with --cache-dir"
+            f"--reuse-cache: {directory} holds objects of run {earlier.run_id}, which an older version wrote and this "
+            "one cannot read; a run without --reuse-cache clears them"
         )
-    return marker
+    check_reusable(str(directory), earlier.run_id, wanted=wanted, found=earlier.format)
 
 
-def _parsed_marker(content: bytes) -> Marker | None:
-    try:
-        document = json.loads(content)
-        marker = Marker(
-            run_id=document["run_id"],
-            pid=int(document["pid"]),
-            host=str(document["host"]),
-            created=float(document["created"]),
-            created_directories=tuple(map(str, document["created_directories"])),
-        )
-    except (ValueError, TypeError, KeyError):
-        return None
-    known = document["tool"] == _TOOL if "tool" in document else False
-    return marker if known and isinstance(marker.run_id, str) and _RUN_ID.fullmatch(marker.run_id) else None
-
-
-def _clear_dead_run(directory: Path) -> tuple[Removed | None, tuple[str, ...]]:
-    """Clear what a dead run left in a locked directory; returns what was deleted and the directories it had created."""
-    marker = _read_marker(directory)
-    if marker is None:
-        return None, ()
-    removed = _remove_objects(directory, marker.run_id)
+def _clear_dead_run(directory: Path, dead: Marker) -> Removed:
+    """Clear what a dead run left in a locked directory, unless it was to be kept."""
+    if dead.keep and _is_directory(directory / dead.objects):
+        raise kept_by_other(str(directory), dead.run_id)
+    removed = _remove(directory, dead)
     (directory / MARKER_NAME).unlink()
-    return removed, _own(directory, marker.created_directories)
+    return removed
 
 
-def _give_back(directory: Path, run_id: str, created: Sequence[str]) -> None:
-    """Remove a run's marker, lock and empty directories; the lock must be held."""
-    objects = directory / run_id
-    _remove_empty([str(objects)])
+def _make_objects(directory: Path, marker: Marker) -> None:
+    """Make the directory of objects of a run that begins with none."""
+    objects = directory / marker.objects
+    if os.path.lexists(objects):
+        raise ConfigurationError(
+            f"{objects} is there already and is not this run's; remove it by hand, or choose another directory with "
+            "--cache-dir"
+        )
+    # The marker first: what is made after it can be found again, should the process die here.
+    write_marker(directory, marker)
+    try:
+        objects.mkdir()
+    except OSError:
+        (directory / MARKER_NAME).unlink()
+        raise
+
+
+def _remove(directory: Path, marker: Marker) -> Removed:
+    removed = remove_objects(directory / marker.objects, marker.layout, marker.levels)
+    return Removed(run_id=marker.run_id, files=removed.files, bytes=removed.bytes)
+
+
+def _give_back(directory: Path, marker: Marker, left: Marker | None = None) -> None:
+    """Remove a run's marker, lock and empty directories; the lock must be held.
+
+    Where objects remain the marker stays, or `left` takes its place.
+    """
+    objects = directory / marker.objects
+    remove_empty([str(objects)])
     if not os.path.lexists(objects):
         (directory / MARKER_NAME).unlink(missing_ok=True)
+    elif left is not None:
+        write_marker(directory, left)
     # The lock goes last: until then nobody else can claim the directory.
     (directory / LOCK_NAME).unlink(missing_ok=True)
-    _remove_empty(_own(directory, created))
+    remove_empty(_own(directory, marker.created_directories))
 
 
 def _own(directory: Path, created: Sequence[str]) -> tuple[str, ...]:
@@ -344,74 +379,9 @@ def _own(directory: Path, created: Sequence[str]) -> tuple[str, ...]:
     return tuple(path for path in created if path in possible)
 
 
-def _remove_empty(directories: Sequence[str]) -> None:
-    """Remove directories, the last first, up to one that holds something or may not be removed."""
-    for path in reversed(directories):
-        try:
-            os.rmdir(path)  # noqa: PTH106 - the paths are text, as in the marker
-        except FileNotFoundError:
-            continue
-        except OSError:
-            return
-
-
-def _remove_objects(directory: Path, run_id: str) -> Removed:
-    """Delete a run's objects, and its directories as far as they are then empty.
-
-    Every directory is reached through the descriptor of the one above it and opened without following links, so that
-    nothing outside the run's directory can be reached, whatever others do to the tree meanwhile.
-    """
-    files, size_bytes = 0, 0
+def _is_directory(path: Path) -> bool:
+    """Whether a path is a directory, not a link to one."""
     try:
-        objects = os.open(directory / run_id, _DIRECTORY_FLAGS)
-    except (FileNotFoundError, NotADirectoryError):  # the latter also for a symbolic link
-        return Removed(run_id=run_id, files=0, bytes=0)
-    try:
-        _remove_files(objects, PROBE_NAME)
-        with ThreadPoolExecutor(_REMOVING_THREADS) as threads:
-            for part_files, part_bytes in threads.map(lambda digit: _remove_subtree(objects, digit), HASH_DIGITS):
-                files += part_files
-                size_bytes += part_bytes
-    finally:
-        os.close(objects)
-    _remove_empty([str(directory / run_id)])
-    return Removed(run_id=run_id, files=files, bytes=size_bytes)
-
-
-def _remove_subtree(parent: int, name: str) -> tuple[int, int]:
-    """Delete the objects two levels below an open directory; returns how many files and bytes they were."""
-    files, size_bytes = 0, 0
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), _opened(parent, name) as first:
-        for digit in HASH_DIGITS:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError), _opened(first, digit) as second:
-                part_files, part_bytes = _remove_files(second, OBJECT_NAME)
-                files += part_files
-                size_bytes += part_bytes
-            with contextlib.suppress(OSError):
-                os.rmdir(digit, dir_fd=first)
-    with contextlib.suppress(OSError):
-        os.rmdir(name, dir_fd=parent)
-    return files, size_bytes
-
-
-@contextlib.contextmanager
-def _opened(parent: int, name: str) -> Iterator[int]:
-    descriptor = os.open(name, _DIRECTORY_FLAGS, dir_fd=parent)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _remove_files(directory: int, pattern: re.Pattern[str]) -> tuple[int, int]:
-    """Delete the regular files of an open directory whose whole name matches; returns how many, and their sizes."""
-    files, size_bytes = 0, 0
-    with os.scandir(directory) as entries:
-        found = [one for one in entries if pattern.fullmatch(one.name) and one.is_file(follow_symlinks=False)]
-    for entry in found:
-        with contextlib.suppress(FileNotFoundError):
-            size = entry.stat(follow_symlinks=False).st_size
-            os.unlink(entry.name, dir_fd=directory)
-            files += 1
-            size_bytes += size
-    return files, size_bytes
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False

@@ -16,8 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from mlpstorage.measure.clock import NS
-from mlpstorage.storage.ops import Lane, Op, OpDone, OpKind
-from mlpstorage.storage.pool import OperationSkippedError
+from mlpstorage.storage.ops import Chain, Lane, OnDone, Op, OpDone, OperationSkippedError, OpKind
 
 T = TypeVar("T")
 
@@ -121,23 +120,38 @@ class _Batch:
     done: list[list[OpDone]]
     remaining: int
     queued_ns: int
-    finished: asyncio.Future[list[OpDone]]
+    on_done: OnDone
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
     batch: _Batch
     number: int
-    chain: Sequence[Op]
+    chain: Chain
+
+
+@dataclass(frozen=True, slots=True)
+class ModelledBatch:
+    """A batch on its way; see `kvcache.block_io.Submitted`."""
+
+    finished: asyncio.Future[list[OpDone]]
+    _io: "ModelledIO"
+    _batch: _Batch
+
+    def cancel(self) -> None:
+        """Give up the chains that were not begun."""
+        self._io.cancel(self._batch)
 
 
 @dataclass(slots=True, kw_only=True)
 class ModelledIO:
-    """An in-memory `play.DrainableIO` on virtual time, with the lanes and the batches of `storage.pool.IoPool`.
+    """An in-memory I/O engine on virtual time, with the lanes and batches of `storage.pool.IoPool`.
 
-    Reading or deleting an object that is not there, writing one that is there, copying out of a slot that holds another
-    object, and two operations at once on one object or slot of which one changes it, give a `ModelError` in the
-    `OpDone`, as a verified store would; such errors are also kept in `misuses`.
+    It is a `storage.ops.IoEngine` that reports in the event loop, and a `play.DrainableIO`.
+
+    Reading, syncing or deleting an object that is not there, writing one that is there, copying out of a slot that
+    holds another object, and two operations at once on one object or slot of which one changes it, give a `ModelError`
+    in the `OpDone`, as a verified store would; such errors are also kept in `misuses`.
 
     Attributes:
         latency_ns: Time of each kind of operation; 0 where it is not named, None for one that never ends.
@@ -145,9 +159,11 @@ class ModelledIO:
             first, the others stores. None for as many as are asked for.
         failures: What the n-th operation of a kind that begins (from 1) fails with.
         object_bytes: What a read says it verified.
+        payload_ns: What each kind of operation says that its payload took; 0 where it is not named.
+        kv_ranks: Objects of a block; they share its arena slot, each in a part of its own.
         on_operations: Called with every batch that is finished.
         stored: Ids of the objects on storage.
-        slots: Id of the object in each arena slot that was copied to.
+        slots: Id of the object in each part of an arena slot that was copied to, by `slot x kv_ranks + part`.
         finished: Every operation that ended, skipped ones included, in the order in which they ended.
         misuses: Errors that only a wrong engine causes.
         most_stored: High-water mark of objects on storage; one that is being written or deleted takes room.
@@ -158,6 +174,8 @@ class ModelledIO:
     servers: int | None = None
     failures: Mapping[tuple[OpKind, int], Exception] = field(default_factory=dict)
     object_bytes: int = 1
+    payload_ns: Mapping[OpKind, int] = field(default_factory=dict)
+    kv_ranks: int = 1
     on_operations: Callable[[list[OpDone]], None] | None = None
     stored: set[int] = field(default_factory=set)
     slots: dict[int, int] = field(default_factory=dict)
@@ -173,6 +191,7 @@ class ModelledIO:
     _ends: list[tuple[int, int, Callable[[], None]]] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _outstanding: int = 0
+    _closed: bool = False
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -180,24 +199,55 @@ class ModelledIO:
         self._busy = [False] * (self.servers or 0)
         self._idle.set()
 
-    async def run(self, chains: Sequence[Sequence[Op]], lane: Lane) -> list[OpDone]:
-        """Do a batch of operations; return when all are finished. A failed one ends its chain."""
-        loop = _virtual_loop()
+    def start(self) -> None:
+        """It takes operations from the start."""
+
+    def submit(self, chains: Sequence[Chain], lane: Lane, on_done: OnDone) -> _Batch:
+        """Queue a batch; see `storage.ops.IoEngine`.
+
+        Raises:
+            RuntimeError: It is closed.
+        """
+        if self._closed:
+            raise RuntimeError("the modelled I/O is closed")
         items = chains or ((),)
-        batch = _Batch([[] for _ in items], len(items), loop.now_ns(), loop.create_future())
+        batch = _Batch([[] for _ in items], len(items), _virtual_loop().now_ns(), on_done)
         self._outstanding += 1
         self._idle.clear()
         self._queues[lane].extend(_Item(batch, number, chain) for number, chain in enumerate(items))
         self._dispatch()
-        return await batch.finished
+        return batch
+
+    def begin(self, chains: Sequence[Chain], lane: Lane) -> ModelledBatch:
+        """Hand over a batch of operations, whose end can be waited for."""
+        finished: asyncio.Future[list[OpDone]] = _virtual_loop().create_future()
+
+        def arrived(done: list[OpDone]) -> None:
+            if not finished.cancelled():
+                finished.set_result(done)
+
+        return ModelledBatch(finished, self, self.submit(chains, lane, arrived))
+
+    async def run(self, chains: Sequence[Chain], lane: Lane) -> list[OpDone]:
+        """Do a batch of operations; return when all are finished. A failed one ends its chain."""
+        return await self.begin(chains, lane).finished
+
+    def cancel(self, batch: object) -> None:
+        """Finish the chains of a batch that have not begun; their operations are reported as skipped."""
+        self._cancel(lambda item: item.batch is batch)
 
     def cancel_queued(self) -> None:
-        """Finish every chain that has not begun; its operations are reported as skipped."""
-        items = [item for waiting in self._queues for item in waiting]
-        for waiting in self._queues:
-            waiting.clear()
-        for item in items:
-            self._chain_done(item, [self._skipped(op, item.batch.queued_ns, "cancelled") for op in item.chain])
+        """Finish every chain that has not begun."""
+        self._cancel(lambda _: True)
+
+    def queued_ops(self, lane: Lane) -> int:
+        """Operations of a lane that have not begun."""
+        return sum(len(item.chain) for item in self._queues[lane])
+
+    def close(self) -> None:
+        """Cancel what is queued and take no more. What runs goes on: only virtual time can end it."""
+        self._closed = True
+        self.cancel_queued()
 
     async def idle(self) -> None:
         """Return when no operation is queued or running."""
@@ -206,6 +256,15 @@ class ModelledIO:
     def done_of(self, kind: OpKind) -> list[OpDone]:
         """Operations of a kind that succeeded, in the order in which they ended."""
         return [done for done in self.finished if done.op.kind is kind and done.error is None]
+
+    def _cancel(self, chosen: Callable[[_Item], bool]) -> None:
+        items = [item for waiting in self._queues for item in waiting if chosen(item)]
+        for waiting in self._queues:
+            left = [item for item in waiting if not chosen(item)]
+            waiting.clear()
+            waiting.extend(left)
+        for item in items:
+            self._chain_done(item, [self._skipped(op, item.batch.queued_ns, "cancelled") for op in item.chain])
 
     def _dispatch(self) -> None:
         """Give queued chains to servers that are free."""
@@ -262,6 +321,7 @@ class ModelledIO:
             True if stores and error is None else None,
             self.object_bytes if op.kind is OpKind.READ and error is None else 0,
             error,
+            payload_ns=self.payload_ns.get(op.kind, 0),
         )
         self.finished.append(one)
         done.append(one)
@@ -275,15 +335,15 @@ class ModelledIO:
         """Check that an operation can be done, and take what it needs; None where it can."""
         problem = self._problem(op)
         if problem is not None:
-            error = ModelError(f"{op.kind.name} of {op.block_id}: {problem}")
+            error = ModelError(f"{op.kind.name} of {op.object_id}: {problem}")
             self.misuses.append(error)
             return error
         self._users[self._claim(op)] += 1
         if op.kind is OpKind.WRITE:
-            self._room[op.block_id] += 1
+            self._room[op.object_id] += 1
             self.most_stored = max(self.most_stored, len(self.stored) + self._room.total())
         elif op.kind is OpKind.COPY_IN:
-            self.slots.pop(op.slot, None)
+            self.slots.pop(self._place(op), None)
         return None
 
     def _problem(self, op: Op) -> str | None:
@@ -291,12 +351,12 @@ class ModelledIO:
         if self._users[place, key, True] or (changes and self._users[place, key, False]):
             return "another operation works on it"
         match op.kind:
-            case OpKind.READ | OpKind.DELETE if op.block_id not in self.stored:
+            case OpKind.READ | OpKind.DELETE | OpKind.SYNC if op.object_id not in self.stored:
                 return "it is not there"
-            case OpKind.WRITE if op.block_id in self.stored:
+            case OpKind.WRITE if op.object_id in self.stored:
                 return "it is there already"
-            case OpKind.COPY_OUT if self.slots.get(op.slot) != op.block_id:
-                return f"slot {op.slot} holds {self.slots.get(op.slot)}"
+            case OpKind.COPY_OUT if self.slots.get(self._place(op)) != op.object_id:
+                return f"slot {op.slot} holds {self.slots.get(self._place(op))}"
         return None
 
     def _leave(self, op: Op) -> None:
@@ -304,19 +364,22 @@ class ModelledIO:
         self._users[self._claim(op)] -= 1
         match op.kind:
             case OpKind.WRITE:
-                self._room[op.block_id] -= 1
-                self.stored.add(op.block_id)
+                self._room[op.object_id] -= 1
+                self.stored.add(op.object_id)
             case OpKind.DELETE:
-                self.stored.remove(op.block_id)
+                self.stored.remove(op.object_id)
             case OpKind.COPY_IN:
-                self.slots[op.slot] = op.block_id
+                self.slots[self._place(op)] = op.object_id
 
-    @staticmethod
-    def _claim(op: Op) -> tuple[str, int, bool]:
-        """The object or slot that an operation works on, and whether it changes it."""
+    def _place(self, op: Op) -> int:
+        """Number of the part of the slot that holds the object."""
+        return op.slot * self.kv_ranks + op.object_id % self.kv_ranks
+
+    def _claim(self, op: Op) -> tuple[str, int, bool]:
+        """The object or part of a slot that an operation works on, and whether it changes it."""
         if op.kind in {OpKind.COPY_IN, OpKind.COPY_OUT}:
-            return "slot", op.slot, op.kind is OpKind.COPY_IN
-        return "object", op.block_id, op.kind is not OpKind.READ
+            return "slot", self._place(op), op.kind is OpKind.COPY_IN
+        return "object", op.object_id, op.kind not in {OpKind.READ, OpKind.SYNC}
 
     def _skipped(self, op: Op, queued_ns: int, why: str) -> OpDone:
         now_ns = _virtual_loop().now_ns()
@@ -337,5 +400,4 @@ class ModelledIO:
         self._outstanding -= 1
         if not self._outstanding:
             self._idle.set()
-        if not batch.finished.cancelled():
-            batch.finished.set_result(operations)
+        batch.on_done(operations)

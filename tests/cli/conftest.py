@@ -113,12 +113,12 @@ class Cli:
         (run,) = set(self.runs()) - before
         return run
 
-    def start(self, *words: object) -> subprocess.Popen[str]:
+    def start(self, *words: object, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         """Start the command; the test's end kills what the test has not ended."""
         process = subprocess.Popen(
             [str(PROGRAM), *map(str, words)],
             cwd=self.place,
-            env=environment(None),
+            env=environment(env),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -221,3 +221,15 @@ def direct_file_system(tmp_path_factory: pytest.TempPathFactory) -> str:
     if name not in {"ext2/ext3", "xfs"}:
         pytest.skip(f"{place} is on {name}, not on ext4 or xfs")
     return name
+
+
+@pytest.fixture
+def buffered_file_system(tmp_path: Path) -> Iterator[Path]:
+    """A mounted file system that refuses direct I/O (ramfs, which also tells no size)."""
+    place = tmp_path / "ramfs"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "ramfs", "ramfs", str(place)], check=False, capture_output=True, text=True)  # noqa: S607 - wherever it is
+    if mounted.returncode:
+        pytest.skip(f"only root can mount a file system without direct I/O: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)  # noqa: S607 - likewise

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import signal
+import subprocess
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
 if TYPE_CHECKING:
-    import subprocess
+    from pathlib import Path
 
     from tests.cli.conftest import Cli
 
@@ -46,6 +49,11 @@ def gone(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    """Whether all have ended."""
+    return all(map(gone, processes))
 
 
 def only_the_foreign_file_is_left(cli: Cli) -> bool:
@@ -135,3 +143,50 @@ def test_leftovers_of_a_dead_run_are_cleared_by_the_next(cli: Cli) -> None:
     assert ended.returncode == 0, ended.stderr
     assert "dead run" in ended.stderr
     assert only_the_foreign_file_is_left(cli)
+
+
+@pytest.mark.parametrize("layout", ["file", "slab", "bucket"])
+def test_random_kills_lose_nothing_foreign(cli: Cli, layout: str) -> None:
+    """Runs killed at random moments: the next one starts, says what it cleared, and foreign files outlive them all.
+
+    The command and its worker are killed at once, so that nobody is left to clean up.
+    """
+    draw = random.Random(layout)  # noqa: S311 - no secret
+    foreign = plant_foreign_files(cli)
+    for last in (*[False] * 6, True):
+        process = cli.start(*cli.load(*LONG, "--warmup", "0", "--layout", layout, "--cache-dir", cli.cache))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(0.2, 1.8))
+        if last:
+            cli.eventually(lambda: own_files(cli, foreign), "files of the run")
+        assert process.poll() is None, process.communicate()
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGSTOP)
+        for rank in ranks:
+            rank.kill()
+        process.kill()
+        process.communicate()
+        cli.eventually(partial(all_gone, ranks), "the worker's end")
+        assert all(path.read_text() == "not the run's" for path in foreign)
+    assert own_files(cli, foreign), "nobody was left to remove them"
+    ended = cli.run(*cli.load("--duration", "3", "--layout", layout, "--cache-dir", cli.cache))
+    assert ended.returncode == 0, ended.stderr
+    assert "dead run" in ended.stderr
+    assert sorted(path for path in cli.cache.rglob("*") if path.is_file()) == sorted(foreign)
+    assert all(path.read_text() == "not the run's" for path in foreign)
+
+
+def own_files(cli: Cli, foreign: list[Path]) -> list[Path]:
+    """Files below the cache directory that are neither foreign nor a lock or a marker."""
+    files = [path for path in cli.cache.rglob("*") if path.is_file() and path not in foreign]
+    return [path for path in files if not path.name.startswith(".")]
+
+
+def plant_foreign_files(cli: Cli) -> list[Path]:
+    """Files of somebody else where a run will put its own, some with names that look like its."""
+    names = ("precious.txt", "rank_0/slab", "rank_0/bucket-00000000", "rank_0/0/1/0123456789abcdef0123456789abcdef")
+    paths = [cli.cache / name for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("not the run's")
+    return paths

@@ -9,8 +9,9 @@ from mlpstorage.kvcache.index import LruSet, in_touch_order, leading_run
 deterministic = settings(derandomize=True, deadline=None, database=None, max_examples=300)
 
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["insert", "touch", "discard", "pin", "unpin"]), st.integers(0, 7)), max_size=60
+    st.tuples(st.sampled_from(["insert", "touch", "discard", "pin", "unpin", "evict"]), st.integers(0, 7)), max_size=60
 )
+SPARED = 3
 CAPACITIES = st.none() | st.integers(0, 6)
 
 
@@ -55,10 +56,17 @@ class ListModel:
         """One pin more."""
         self.pins.append(block_id)
 
-    def unpin(self, block_id: int) -> None:
-        """One pin less, where there is one."""
+    def unpin(self, block_id: int) -> bool:
+        """One pin less, where there is one; whether none is left."""
         if block_id in self.pins:
             self.pins.remove(block_id)
+        return block_id not in self.pins
+
+    def evict(self, count: int) -> list[int]:
+        """Remove the oldest that are not pinned, spare number 3."""
+        evicted = [held for held in self.order if held not in self.pins and held != SPARED][:count]
+        self.order = [held for held in self.order if held not in evicted]
+        return evicted
 
 
 @deterministic
@@ -67,7 +75,8 @@ def test_every_operation_agrees_with_the_list_model(capacity: int | None, operat
     """Answers, evicted ids and their order, and what is held afterwards are those of the model, pins included."""
     lru, model = LruSet(capacity), ListModel(capacity)
     for name, block_id in operations:
-        assert getattr(lru, name)(block_id) == getattr(model, name)(block_id)
+        told = lru.evict(block_id, {SPARED}) if name == "evict" else getattr(lru, name)(block_id)
+        assert told == getattr(model, name)(block_id)
         assert [held for held in range(8) if held in lru] == sorted(model.order)
         assert len(lru) == len(model.order)
         assert capacity is None or len(lru) <= capacity

@@ -193,7 +193,7 @@ class TestConstructor:
         assert benchmark.results_dir == results_dir.parent / "mlpstorage-results"
 
     def test_arguments_may_be_none(self, results_dir: Path) -> None:
-        """None stands for the default, whichever argument it is."""
+        """None stands for the default, or for the value the program chooses, whichever argument it is."""
         given = arguments(results_dir)
         bare = Namespace(**dict.fromkeys(vars(given)) | {"command": "run", "results_dir": str(results_dir)})
         benchmark = KVCacheBenchmark(bare, logger=MagicMock())
@@ -202,7 +202,12 @@ class TestConstructor:
         assert (parameters["num_users"], parameters["duration"], parameters["seed"]) == (100, 60, 42)
         sources = benchmark.metadata["parameter_sources"]
         assert isinstance(sources, dict)
-        assert {name for name, source in sources.items() if source != "default"} == {"results_dir"}
+        assert {name: source for name, source in sources.items() if source != "default"} == {
+            "layout": "auto",
+            "io_depth": "auto",
+            "io_threads": "auto",
+            "results_dir": "flag",
+        }
 
     @pytest.mark.parametrize(
         ("switch", "flag"),

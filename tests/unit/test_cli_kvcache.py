@@ -10,7 +10,21 @@ import pytest
 
 from mlpstorage.cli.kvcache_args import add_kvcache_arguments
 from mlpstorage.cli.parser import build_parser
-from mlpstorage.config import EXEC_TYPE, KVCACHE_MODELS, GenerationMode, PerformanceProfile, TouchOrder
+from mlpstorage.config import (
+    EXEC_TYPE,
+    KVCACHE_MODELS,
+    DirectMode,
+    Eviction,
+    GenerationMode,
+    IoEngineName,
+    IoPriority,
+    Layout,
+    PerformanceProfile,
+    StorePolicy,
+    TouchOrder,
+    WriteOverflow,
+    WriteSync,
+)
 from mlpstorage.errors import UsageError
 
 PROGRAM = Path(sys.executable).parent / "mlpstorage"
@@ -52,6 +66,31 @@ def parsed(*words: str) -> argparse.Namespace:
         ("what_if", False),
         ("touch", TouchOrder.TAIL),
         ("block_tokens", 256),
+        ("profile", None),
+        ("layout", None),
+        ("tensor_parallel", 1),
+        ("io_engine", IoEngineName.THREADS),
+        ("io_depth", None),
+        ("io_threads", None),
+        ("io_priority", IoPriority.SPLIT),
+        ("direct", DirectMode.AUTO),
+        ("write_sync", WriteSync.NONE),
+        ("verify", None),
+        ("file_levels", None),
+        ("keep_cache", False),
+        ("reuse_cache", False),
+        ("store_policy", StorePolicy.ALWAYS),
+        ("eviction", Eviction.LRU),
+        ("evict_above", 1.0),
+        ("evict_to", None),
+        ("write_overflow", WriteOverflow.BLOCK),
+        ("write_queue_gib", 1.0),
+        ("write_queue_s", None),
+        ("write_batch", 16),
+        ("write_interval_s", 0.0),
+        ("load_batch", 1),
+        ("min_load_tokens", 0),
+        ("load_timeout", None),
     ],
 )
 def test_defaults_of_a_run(name: str, default: object) -> None:
@@ -82,6 +121,16 @@ def test_defaults_of_a_run(name: str, default: object) -> None:
         (["-c", "x.yaml"], "config_file", "x.yaml"),
         (["--what-if"], "what_if", True),
         (["--oversubscribe"], "oversubscribe", True),
+        (["--profile", "vllm-fs"], "profile", "vllm-fs"),
+        (["--profile", "none"], "profile", "none"),
+        (["--layout", "slab"], "layout", Layout.SLAB),
+        (["--cache-dir", "s3://bucket/kv"], "cache_dir", "s3://bucket/kv"),
+        (["--io-depth", "32"], "io_depth", 32),
+        (["--direct", "always"], "direct", DirectMode.ALWAYS),
+        (["--file-levels", "3,2"], "file_levels", "3,2"),
+        (["--write-queue-s", "none"], "write_queue_s", "none"),
+        (["--load-timeout", "2:0.1:30"], "load_timeout", "2:0.1:30"),
+        (["--keep-cache"], "keep_cache", True),
     ],
 )
 def test_forms_of_flags(words: list[str], name: str, value: object) -> None:
@@ -106,6 +155,7 @@ def test_an_estimate_has_no_host_or_mpi_option() -> None:
     """`datasize` runs nothing."""
     names = set(vars(parsed("datasize")))
     assert {"model", "num_users", "gpu_mem_gb", "cpu_mem_gb", "storage_gb", "block_tokens"} <= names
+    assert {"tensor_parallel", "profile"} <= names
     assert not names & {
         "hosts",
         "exec_type",
@@ -136,6 +186,10 @@ def test_trace_inspect_takes_capacities() -> None:
         ["run", "--num-users", "many"],
         ["run", "--generation-mode", "slow"],
         ["run", "--exec-type", "ssh"],
+        ["run", "--profile", "vllm"],
+        ["run", "--layout", "tree"],
+        ["run", "--io-depth", "deep"],
+        ["datasize", "--layout", "slab"],
         ["run", "--hosts"],
         ["datasize", "--hosts", "a"],
         ["trace", "inspect", "t.jsonl", "--capacity-blocks", "0"],
@@ -194,4 +248,11 @@ def test_every_flag_stands_under_a_heading_with_its_meaning(help_groups: dict[st
     published |= {"--seed", "--results-dir", "--what-if", "--json", "--quiet", "--debug", "--verbose", "--config-file"}
     assert published | {"--label", "--trace", "--time-scale", "--max-requests"} <= set(flags)
     assert "(default: 16)" in help_groups["Tiers"]
+    assert {"--profile", "--layout", "--tensor-parallel", "--io-engine", "--io-depth", "--io-threads"} <= flags_of(
+        help_groups["Storage I/O"]
+    )
+    assert {"--direct", "--write-sync", "--verify", "--keep-cache", "--reuse-cache"} <= flags_of(
+        help_groups["Storage I/O"]
+    )
+    assert {"--store-policy", "--eviction", "--write-batch", "--load-timeout"} <= flags_of(help_groups["Cache policy"])
     assert "(default: llama3.1-8b)" in " ".join(help_groups["Workload"].split())

@@ -2,123 +2,35 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlpstorage.config import GenerationMode, TouchOrder
-from mlpstorage.kvcache.engine import Admission, Engine, EngineConfig, WriteGate, admit
-from mlpstorage.kvcache.index import LruSet
-from mlpstorage.kvcache.pacing import Pacing
-from mlpstorage.kvcache.recorder import Recorder
-from mlpstorage.kvcache.request import Request
+from mlpstorage.config import Eviction, GenerationMode, StorePolicy, TouchOrder, WriteOverflow, WriteSync
+from mlpstorage.kvcache.engine_config import EngineConfig
+from mlpstorage.kvcache.index import Admission, LruSet, admit
 from mlpstorage.measure.clock import NS
-from mlpstorage.storage.arena import DramArena
-from mlpstorage.storage.ops import Lane, Op, OpDone, OpKind
-from mlpstorage.storage.pool import OperationSkippedError
+from mlpstorage.storage.ops import Lane, Op, OpDone, OperationSkippedError, OpKind
+from mlpstorage.storage.payload import VerifyError
+from mlpstorage.testing.engine_bench import MS, PLAIN, EngineBench, now_ns, request, sleep_ms
 from mlpstorage.testing.virtual import ModelError, ModelledIO, VirtualClock, VirtualTimeError, run_virtual
 
-MS = NS // 1000
-BLOCK_TOKENS = 4
-OBJECT_BYTES = 4096
+OBJECT_BYTES = PLAIN.object_bytes
+WRONG = VerifyError("object", 0, (1, 0), (2, 0))
 
 # A prompt token takes 1 ms, an output token after the first 10 ms.
-PACING = Pacing(mode=GenerationMode.REALISTIC, prefill_tokens_per_s=1000.0, decode_tokens_per_s=100.0)
-INSTANT = replace(PACING, mode=GenerationMode.NONE)
-
-CONFIG = EngineConfig(
-    block_tokens=BLOCK_TOKENS,
-    object_bytes=OBJECT_BYTES,
-    gpu_blocks=0,
-    cpu_blocks=0,
-    storage_blocks=1000,
-    write_queue_blocks=1000,
-    touch=TouchOrder.TAIL,
-    prefix_caching=True,
-    pacing=INSTANT,
-)
-
-
-@dataclass(slots=True)
-class Bench:
-    """An engine with all that it needs, and what came of it."""
-
-    config: EngineConfig = CONFIG
-    io: ModelledIO = field(default_factory=ModelledIO)
-    failures: list[Exception] = field(default_factory=list)
-    arena: DramArena = field(init=False)
-    recorder: Recorder = field(init=False)
-    engine: Engine = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Put the parts together; every moment lies inside the measured window."""
-        self.arena = DramArena(self.config.cpu_blocks, 0)
-        self.recorder = Recorder(object_bytes=OBJECT_BYTES, stored_bytes=OBJECT_BYTES, window_ns=(0, 10**18))
-        self.io.on_operations = self.recorder.operations
-        self.engine = Engine(
-            self.config,
-            blocks=self.io,
-            arena=self.arena,
-            recorder=self.recorder,
-            clock=VirtualClock(),
-            on_failure=self.failures.append,
-        )
-
-    async def ask(self, *block_ids: int, output_tokens: int = 1, prompt_tokens: int | None = None) -> None:
-        """Serve a request that arrives now."""
-        tokens = len(block_ids) * BLOCK_TOKENS if prompt_tokens is None else prompt_tokens
-        await self.engine.serve(request(block_ids, tokens, output_tokens), now_ns())
-
-    async def ask_and_settle(self, *block_ids: int) -> int:
-        """Serve a request, let its writes end; returns how many blocks it found."""
-        before = self.hits
-        await self.ask(*block_ids)
-        await self.engine.settle()
-        return self.hits - before
-
-    @property
-    def hits(self) -> int:
-        """Blocks found by all requests."""
-        found = self.recorder.total_requests.hit_blocks
-        return found.gpu + found.cpu + found.storage
-
-    def ids(self, kind: OpKind) -> list[int]:
-        """Blocks of the operations of a kind that succeeded, in the order of their ends."""
-        return [done.op.block_id for done in self.io.done_of(kind)]
-
-
-def request(block_ids: Sequence[int], prompt_tokens: int, output_tokens: int = 1) -> Request:
-    """A request of an open loop."""
-    return Request(
-        arrival_s=0.0,
-        think_s=0.0,
-        user=0,
-        turn=0,
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
-        block_ids=tuple(block_ids),
-    )
-
-
-def now_ns() -> int:
-    """The virtual time."""
-    return VirtualClock().now_ns()
-
-
-def sleep_ms(time_ms: float) -> Awaitable[None]:
-    """Let virtual time pass."""
-    return VirtualClock().sleep_until(now_ns() + round(time_ms * MS))
-
+PACING = replace(PLAIN.pacing, mode=GenerationMode.REALISTIC)
+INSTANT = PLAIN.pacing
 
 # Look-up
 
 
 def test_a_leading_run_is_found_across_the_tiers_each_block_in_the_fastest() -> None:
     """One block on the GPU, the next in DRAM, the third on storage: all three are one run, and only two are moved."""
-    bench = Bench(replace(CONFIG, gpu_blocks=1, cpu_blocks=1))
+    bench = EngineBench(replace(PLAIN, gpu_blocks=1, cpu_blocks=1))
 
     async def play() -> None:
         assert await bench.ask_and_settle(1, 2, 3) == 0
@@ -136,7 +48,7 @@ def test_a_leading_run_is_found_across_the_tiers_each_block_in_the_fastest() -> 
 
 def test_a_resident_block_behind_a_missing_one_is_not_found() -> None:
     """The run ends at the first block that no tier holds; the new head alone is written."""
-    bench = Bench()
+    bench = EngineBench()
 
     async def play() -> None:
         await bench.ask_and_settle(1, 2, 3)
@@ -150,7 +62,7 @@ def test_a_resident_block_behind_a_missing_one_is_not_found() -> None:
 
 def test_without_prefix_caching_nothing_is_found_and_new_blocks_are_still_stored() -> None:
     """Every prompt is computed whole; what storage holds already is not written again."""
-    bench = Bench(replace(CONFIG, prefix_caching=False, gpu_blocks=1, cpu_blocks=1))
+    bench = EngineBench(replace(PLAIN, prefix_caching=False, gpu_blocks=1, cpu_blocks=1))
 
     async def play() -> None:
         await bench.ask_and_settle(1, 2, 3)
@@ -165,7 +77,7 @@ def test_without_prefix_caching_nothing_is_found_and_new_blocks_are_still_stored
 
 def test_a_block_is_found_only_once_it_is_stored() -> None:
     """A block whose write is still running is not there for a look-up."""
-    bench = Bench(io=ModelledIO(latency_ns={OpKind.WRITE: 10 * MS}))
+    bench = EngineBench(io=ModelledIO(latency_ns={OpKind.WRITE: 10 * MS}))
 
     async def play() -> None:
         await bench.ask(1)
@@ -198,7 +110,7 @@ def test_admission_is_the_net_effect() -> None:
 def test_ttft_counts_from_the_intended_arrival_through_load_and_prefill() -> None:
     """2 s late, 3 ms for the slower of two reads and a copy at once, 4 ms for the four tokens that are new."""
     latency_ns = {OpKind.READ: 3 * MS, OpKind.COPY_OUT: 1 * MS}
-    bench = Bench(replace(CONFIG, cpu_blocks=1, pacing=PACING), ModelledIO(latency_ns=latency_ns))
+    bench = EngineBench(replace(PLAIN, cpu_blocks=1, pacing=PACING), ModelledIO(latency_ns=latency_ns))
 
     async def play() -> None:
         await bench.engine.serve(request((1, 2, 3), 12), now_ns())
@@ -221,7 +133,7 @@ def test_ttft_counts_from_the_intended_arrival_through_load_and_prefill() -> Non
 
 def test_a_full_hit_still_computes_one_token() -> None:
     """The last token of a prompt is never cached: its prefill gives the first token of the answer."""
-    bench = Bench(replace(CONFIG, pacing=PACING), ModelledIO(latency_ns={OpKind.READ: 5 * MS}))
+    bench = EngineBench(replace(PLAIN, pacing=PACING), ModelledIO(latency_ns={OpKind.READ: 5 * MS}))
 
     async def play() -> None:
         await bench.ask_and_settle(1, 2)
@@ -235,7 +147,7 @@ def test_a_full_hit_still_computes_one_token() -> None:
 
 def test_a_full_hit_with_a_partial_block_behind_it_computes_that_block_only() -> None:
     """A prompt of ten tokens has two full blocks; where both are found, two tokens are computed."""
-    bench = Bench(replace(CONFIG, pacing=PACING), ModelledIO(latency_ns={OpKind.READ: 5 * MS}))
+    bench = EngineBench(replace(PLAIN, pacing=PACING), ModelledIO(latency_ns={OpKind.READ: 5 * MS}))
 
     async def play() -> None:
         await bench.ask_and_settle(1, 2)
@@ -249,7 +161,9 @@ def test_a_full_hit_with_a_partial_block_behind_it_computes_that_block_only() ->
 
 def test_decode_moves_nothing() -> None:
     """Reads end before the first token, writes begin after the last: 10 x 10 ms lie between them."""
-    bench = Bench(replace(CONFIG, pacing=PACING), ModelledIO(latency_ns={OpKind.READ: 2 * MS, OpKind.WRITE: 1 * MS}))
+    bench = EngineBench(
+        replace(PLAIN, pacing=PACING), ModelledIO(latency_ns={OpKind.READ: 2 * MS, OpKind.WRITE: 1 * MS})
+    )
 
     async def play() -> int:
         await bench.ask_and_settle(1)
@@ -263,12 +177,12 @@ def test_decode_moves_nothing() -> None:
     (read,) = bench.io.done_of(OpKind.READ)
     write = bench.io.done_of(OpKind.WRITE)[-1]
     assert (read.queued_ns, read.end_ns) == (start_ns, start_ns + 2 * MS)
-    assert (write.op.block_id, write.queued_ns) == (2, start_ns + 106 * MS)
+    assert (write.op.object_id, write.queued_ns) == (2, start_ns + 106 * MS)
 
 
 def test_a_request_without_a_full_block_moves_nothing() -> None:
     """Three tokens of a block of four: computed, answered, never stored."""
-    bench = Bench(replace(CONFIG, pacing=PACING, gpu_blocks=1, cpu_blocks=1))
+    bench = EngineBench(replace(PLAIN, pacing=PACING, gpu_blocks=1, cpu_blocks=1))
     run_virtual(bench.ask(prompt_tokens=3))
     assert bench.recorder.requests.completed == 1
     assert bench.recorder.latency["ttft"].sum_ns == 3 * MS
@@ -280,7 +194,7 @@ def test_a_request_without_a_full_block_moves_nothing() -> None:
 
 def test_blocks_that_are_stored_or_on_their_way_are_not_written_again() -> None:
     """Two requests with one prompt at once: each computes it, one write of each block, the other's are counted."""
-    bench = Bench(io=ModelledIO(latency_ns={OpKind.WRITE: 10 * MS}))
+    bench = EngineBench(io=ModelledIO(latency_ns={OpKind.WRITE: 10 * MS}))
 
     async def play() -> None:
         await asyncio.gather(bench.ask(1, 2), bench.ask(1, 2, 3))
@@ -294,7 +208,7 @@ def test_blocks_that_are_stored_or_on_their_way_are_not_written_again() -> None:
 
 def test_a_full_write_queue_holds_the_store_step_back() -> None:
     """Six blocks through a queue of two and one thread of 10 ms a write: the queue takes the last pair at 40 ms."""
-    bench = Bench(replace(CONFIG, write_queue_blocks=2), ModelledIO(servers=1, latency_ns={OpKind.WRITE: 10 * MS}))
+    bench = EngineBench(replace(PLAIN, write_queue_blocks=2), ModelledIO(servers=1, latency_ns={OpKind.WRITE: 10 * MS}))
     depths: list[int] = []
 
     async def watch() -> None:
@@ -320,7 +234,7 @@ def test_a_full_write_queue_holds_the_store_step_back() -> None:
 
 def test_a_request_that_waits_for_the_write_queue_is_answered_already() -> None:
     """Back-pressure comes after the answer: the request is no longer in flight, its latency is counted."""
-    bench = Bench(replace(CONFIG, write_queue_blocks=1), ModelledIO(servers=1, latency_ns={OpKind.WRITE: 10 * MS}))
+    bench = EngineBench(replace(PLAIN, write_queue_blocks=1), ModelledIO(servers=1, latency_ns={OpKind.WRITE: 10 * MS}))
 
     async def play() -> None:
         asking = asyncio.create_task(bench.ask(1, 2, 3))
@@ -338,7 +252,7 @@ def test_a_request_that_waits_for_the_write_queue_is_answered_already() -> None:
 )
 def test_what_is_left_of_a_chain_longer_than_the_capacity(touch: TouchOrder, kept: set[int], found_again: int) -> None:
     """Tail first keeps the head, which is found again; head first keeps the tail, which is useless."""
-    bench = Bench(replace(CONFIG, storage_blocks=3, touch=touch))
+    bench = EngineBench(replace(PLAIN, storage_blocks=3, touch=touch))
 
     async def play() -> None:
         await bench.ask_and_settle(1, 2, 3, 4, 5)
@@ -353,8 +267,8 @@ def test_what_is_left_of_a_chain_longer_than_the_capacity(touch: TouchOrder, kep
 
 def test_storage_makes_room_before_it_takes_more() -> None:
     """On a full tier the deletes end before the writes that need their room begin."""
-    bench = Bench(
-        replace(CONFIG, storage_blocks=2), ModelledIO(latency_ns={OpKind.DELETE: 5 * MS, OpKind.WRITE: 7 * MS})
+    bench = EngineBench(
+        replace(PLAIN, storage_blocks=2), ModelledIO(latency_ns={OpKind.DELETE: 5 * MS, OpKind.WRITE: 7 * MS})
     )
 
     async def play() -> None:
@@ -372,7 +286,7 @@ def test_storage_makes_room_before_it_takes_more() -> None:
 
 def test_a_block_that_is_stored_again_while_it_is_deleted_is_not_lost() -> None:
     """The new write waits for the old delete of the same object."""
-    bench = Bench(replace(CONFIG, storage_blocks=3), ModelledIO(latency_ns={OpKind.DELETE: 50 * MS}))
+    bench = EngineBench(replace(PLAIN, storage_blocks=3), ModelledIO(latency_ns={OpKind.DELETE: 50 * MS}))
 
     async def play() -> None:
         await bench.ask_and_settle(1, 2, 3)
@@ -391,7 +305,7 @@ def test_a_block_that_is_stored_again_while_it_is_deleted_is_not_lost() -> None:
 
 def test_a_request_that_pushes_out_its_own_head_for_a_moment_keeps_it() -> None:
     """Tail first, new blocks come before the touch of an old head: what goes and comes back in one step stays."""
-    bench = Bench(replace(CONFIG, storage_blocks=4))
+    bench = EngineBench(replace(PLAIN, storage_blocks=4))
 
     async def play() -> None:
         await bench.ask_and_settle(1, 2)
@@ -407,7 +321,7 @@ def test_a_request_that_pushes_out_its_own_head_for_a_moment_keeps_it() -> None:
 
 def test_blocks_that_are_being_read_are_not_evicted() -> None:
     """While a hit is loaded from a full tier, another request's blocks find no room; the hit is read whole."""
-    bench = Bench(replace(CONFIG, storage_blocks=2), ModelledIO(latency_ns={OpKind.READ: 100 * MS}))
+    bench = EngineBench(replace(PLAIN, storage_blocks=2), ModelledIO(latency_ns={OpKind.READ: 100 * MS}))
 
     async def play() -> None:
         await bench.ask_and_settle(1, 2)
@@ -431,7 +345,7 @@ def test_blocks_that_are_being_read_are_not_evicted() -> None:
 
 def test_what_leaves_the_gpu_tier_is_copied_to_dram_and_found_there() -> None:
     """Two blocks are pushed out by two others; a later hit copies them out of DRAM and reads nothing."""
-    bench = Bench(replace(CONFIG, gpu_blocks=2, cpu_blocks=2))
+    bench = EngineBench(replace(PLAIN, gpu_blocks=2, cpu_blocks=2))
 
     async def play() -> None:
         await bench.ask_and_settle(1, 2)
@@ -450,7 +364,7 @@ def test_what_leaves_the_gpu_tier_is_copied_to_dram_and_found_there() -> None:
 
 def test_a_block_on_its_way_to_dram_is_read_from_storage() -> None:
     """DRAM holds a block once its copy is complete, not before."""
-    bench = Bench(replace(CONFIG, cpu_blocks=1), ModelledIO(latency_ns={OpKind.COPY_IN: 10 * MS}))
+    bench = EngineBench(replace(PLAIN, cpu_blocks=1), ModelledIO(latency_ns={OpKind.COPY_IN: 10 * MS}))
 
     async def play() -> None:
         await bench.ask(1)
@@ -468,7 +382,7 @@ def test_a_block_on_its_way_to_dram_is_read_from_storage() -> None:
 
 def test_without_a_gpu_tier_blocks_go_to_dram_at_once() -> None:
     """A capacity of 0 holds nothing, so that all is offered to the next tier, the head of the chain last."""
-    bench = Bench(replace(CONFIG, gpu_blocks=0, cpu_blocks=2))
+    bench = EngineBench(replace(PLAIN, gpu_blocks=0, cpu_blocks=2))
     run_virtual(bench.ask_and_settle(1, 2, 3))
     assert bench.ids(OpKind.COPY_IN) == [2, 1]
     assert bench.arena.used_slots == 2
@@ -476,7 +390,7 @@ def test_without_a_gpu_tier_blocks_go_to_dram_at_once() -> None:
 
 def test_without_a_dram_tier_nothing_is_copied() -> None:
     """What leaves the GPU tier is found on storage."""
-    bench = Bench(replace(CONFIG, gpu_blocks=1, cpu_blocks=0))
+    bench = EngineBench(replace(PLAIN, gpu_blocks=1, cpu_blocks=0))
 
     async def play() -> None:
         await bench.ask_and_settle(1)
@@ -490,7 +404,7 @@ def test_without_a_dram_tier_nothing_is_copied() -> None:
 
 def test_dram_never_holds_more_than_its_capacity() -> None:
     """Slots are given back before others are taken; what left DRAM is still on storage."""
-    bench = Bench(replace(CONFIG, cpu_blocks=3), ModelledIO(latency_ns={OpKind.COPY_IN: 1 * MS}))
+    bench = EngineBench(replace(PLAIN, cpu_blocks=3), ModelledIO(latency_ns={OpKind.COPY_IN: 1 * MS}))
 
     async def play() -> None:
         for first in range(0, 40, 4):
@@ -511,7 +425,7 @@ def test_dram_never_holds_more_than_its_capacity() -> None:
 def test_a_failed_read_fails_the_request_and_stores_nothing() -> None:
     """The failure is handed on once; the request counts as failed, has no TTFT, and touches no tier."""
     error = OSError(5, "Input/output error")
-    bench = Bench(io=ModelledIO(failures={(OpKind.READ, 2): error}))
+    bench = EngineBench(io=ModelledIO(failures={(OpKind.READ, 2): error}))
 
     async def play() -> None:
         await bench.ask_and_settle(1, 2, 3)
@@ -527,25 +441,27 @@ def test_a_failed_read_fails_the_request_and_stores_nothing() -> None:
 
 
 def test_a_block_whose_write_failed_is_not_resident() -> None:
-    """The failure is handed on, the block counts as dropped, and a look-up ends before it."""
+    """The failure is handed on, the block counts as dropped and takes no room, and a look-up ends before it."""
     error = OSError(28, "No space left on device")
-    bench = Bench(io=ModelledIO(failures={(OpKind.WRITE, 2): error}))
+    bench = EngineBench(io=ModelledIO(failures={(OpKind.WRITE, 2): error}))
 
     async def play() -> None:
         await bench.ask_and_settle(1, 2, 3)
+        assert bench.engine.stored_blocks == 2
+        assert bench.io.stored == {1, 3}
+        assert 2 not in bench.engine._storage
         assert await bench.ask_and_settle(1, 2, 3) == 1
 
     run_virtual(play())
-    assert bench.failures[0] is error
+    assert bench.failures == [error]
     assert bench.recorder.window.io_errors == 1
     assert bench.recorder.window.writes_dropped == 1
-    assert bench.engine.stored_blocks == len(bench.io.stored)
-    assert 2 not in bench.io.stored
+    assert bench.ids(OpKind.WRITE) == [1, 3, 2]
 
 
 def test_a_stopped_engine_hands_out_no_more_writes() -> None:
     """After `stop` what is queued behind is given up, and does not count as dropped: it was in flight."""
-    bench = Bench(replace(CONFIG, write_queue_blocks=1), ModelledIO(servers=1, latency_ns={OpKind.WRITE: 10 * MS}))
+    bench = EngineBench(replace(PLAIN, write_queue_blocks=1), ModelledIO(servers=1, latency_ns={OpKind.WRITE: 10 * MS}))
 
     async def play() -> None:
         asking = asyncio.create_task(bench.ask(1, 2, 3))
@@ -559,72 +475,6 @@ def test_a_stopped_engine_hands_out_no_more_writes() -> None:
     assert bench.ids(OpKind.WRITE) == [1]
     assert bench.recorder.total.writes_dropped == 0
     assert bench.failures == []
-
-
-# The bound on waiting writes
-
-
-def test_the_gate_lets_in_first_come_first_served() -> None:
-    """A small batch does not pass a large one that waits before it."""
-    gate, order = WriteGate(4), list[str]()
-
-    async def enter(name: str, blocks: int) -> None:
-        await gate.enter(blocks)
-        order.append(name)
-
-    async def play() -> None:
-        await enter("first", 3)
-        waiting = [asyncio.create_task(enter("large", 4)), asyncio.create_task(enter("small", 1))]
-        await sleep_ms(1)
-        assert order == ["first"]
-        gate.leave(3)
-        await sleep_ms(1)
-        assert order == ["first", "large"]
-        gate.leave(4)
-        await asyncio.gather(*waiting)
-        assert (order, gate.used) == (["first", "large", "small"], 1)
-
-    run_virtual(play())
-
-
-def test_who_gives_up_waiting_at_the_gate_takes_no_room() -> None:
-    """A cancelled wait leaves the count as it was, also where its turn had come in the same moment."""
-    gate = WriteGate(2)
-
-    async def play() -> None:
-        await gate.enter(2)
-        early = asyncio.create_task(gate.enter(2))
-        late = asyncio.create_task(gate.enter(1))
-        await sleep_ms(1)
-        early.cancel()
-        await sleep_ms(1)
-        gate.leave(2)
-        late.cancel()
-        await sleep_ms(1)
-        assert early.cancelled()
-        assert late.cancelled()
-        assert gate.used == 0
-        await gate.enter(2)
-
-    run_virtual(play())
-    assert gate.used == 2
-
-
-def test_who_gives_up_waiting_at_the_gate_makes_way_for_the_next() -> None:
-    """Room that only the first in the queue could not use goes to the second once the first is gone."""
-    gate = WriteGate(4)
-
-    async def play() -> None:
-        await gate.enter(3)
-        large = asyncio.create_task(gate.enter(4))
-        small = asyncio.create_task(gate.enter(1))
-        await sleep_ms(1)
-        large.cancel()
-        await sleep_ms(1)
-        assert small.done()
-
-    run_virtual(play())
-    assert gate.used == 4
 
 
 # Against a second implementation
@@ -666,7 +516,7 @@ def chains(seed: int, count: int, depth: int, branches: int) -> list[tuple[int, 
 @pytest.mark.parametrize("capacity", [1, 3, 7, 20, 60, 10_000])
 def test_one_request_at_a_time_counts_as_the_trace_inspection_does(touch: TouchOrder, capacity: int) -> None:
     """A storage-only cache finds for every request what a list worked by the definition of LRU finds."""
-    bench = Bench(replace(CONFIG, storage_blocks=capacity, touch=touch))
+    bench = EngineBench(replace(PLAIN, storage_blocks=capacity, touch=touch))
     reference = ListCache(capacity, tail_first=touch is TouchOrder.TAIL)
     played = chains(seed=capacity, count=400, depth=10, branches=2)
     expected = [reference.play(chain) for chain in played]
@@ -684,29 +534,64 @@ def test_one_request_at_a_time_counts_as_the_trace_inspection_does(touch: TouchO
 LATENCIES_NS = st.fixed_dictionaries({kind: st.integers(0, 20).map(lambda ms: ms * MS) for kind in OpKind})
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A load timeout of the same length for any load."""
+
+    time_ms: float
+
+    def limit_s(self, tokens: int) -> float:
+        """Seconds."""
+        assert tokens > 0
+        return self.time_ms / 1000
+
+
+@settings(derandomize=True, deadline=None, max_examples=400)
 @given(
     seed=st.integers(0, 10_000),
     gaps_ms=st.lists(st.integers(0, 25), min_size=1, max_size=40),
     config=st.builds(
         replace,
-        st.just(CONFIG),
+        st.just(PLAIN),
         gpu_blocks=st.integers(0, 6),
         cpu_blocks=st.integers(0, 6),
         storage_blocks=st.integers(1, 20),
+        kv_ranks=st.integers(1, 3),
+        store_policy=st.sampled_from(StorePolicy),
+        eviction=st.sampled_from(Eviction),
+        evict_above=st.floats(0.7, 1.0),
+        evict_to=st.floats(0.3, 0.7),
+        write_overflow=st.sampled_from(WriteOverflow),
         write_queue_blocks=st.integers(1, 12),
+        write_queue_s=st.none() | st.floats(0.001, 0.1),
+        write_batch=st.integers(1, 16),
+        write_interval_s=st.sampled_from([0.0, 0.01, 0.1]),
+        write_sync=st.sampled_from(WriteSync),
+        load_batch=st.integers(0, 3),
+        min_load_tokens=st.integers(0, 12),
+        load_timeout=st.none() | st.builds(Limit, st.floats(0, 60)),
         touch=st.sampled_from(TouchOrder),
         prefix_caching=st.booleans(),
         pacing=st.sampled_from([INSTANT, replace(PACING, mode=GenerationMode.FAST)]),
     ),
     servers=st.integers(1, 6),
     latency_ns=LATENCIES_NS,
+    wrong=st.sets(st.tuples(st.sampled_from([OpKind.READ, OpKind.COPY_OUT]), st.integers(1, 40)), max_size=5),
 )
 def test_no_load_makes_the_engine_ask_for_what_is_not_there(
-    seed: int, gaps_ms: list[int], config: EngineConfig, servers: int, latency_ns: dict[OpKind, int]
+    seed: int,
+    gaps_ms: list[int],
+    config: EngineConfig,
+    servers: int,
+    latency_ns: dict[OpKind, int],
+    wrong: set[tuple[OpKind, int]],
 ) -> None:
-    """Concurrent requests, any sizes and speeds: no wrong operation, no capacity exceeded, and the tiers are true."""
-    bench = Bench(config, ModelledIO(servers=servers, latency_ns=latency_ns))
+    """Concurrent requests, any sizes, policies and speeds, and some wrong data.
+
+    No wrong operation, no capacity exceeded, the tiers are true and every block that was to be stored is accounted for.
+    """
+    io = ModelledIO(servers=servers, latency_ns=latency_ns, failures=dict.fromkeys(wrong, WRONG))
+    bench = EngineBench(config, io)
     most_used = 0
 
     async def play() -> None:
@@ -717,21 +602,30 @@ def test_no_load_makes_the_engine_ask_for_what_is_not_there(
                 await sleep_ms(gap_ms)
                 most_used = max(most_used, bench.arena.used_slots)
                 assert bench.engine.write_queue_blocks <= config.write_queue_blocks
+        await bench.io.idle()
         await bench.engine.settle()
+        await bench.io.idle()
 
     run_virtual(play())
     engine = bench.engine
     assert bench.failures == bench.io.misuses == []
-    assert bench.recorder.requests.completed == len(gaps_ms)
-    assert bench.io.most_stored <= config.storage_blocks
+    assert bench.recorder.requests.completed + bench.recorder.requests.failed == len(gaps_ms)
+    assert bench.recorder.requests.failed <= bench.recorder.verify_failures <= len(wrong)
+    assert bench.io.most_stored <= config.storage_blocks * config.kv_ranks
     assert most_used <= config.cpu_blocks
-    assert engine._stored == bench.io.stored
-    assert {block for block in range(400) if block in engine._storage} == bench.io.stored
-    assert engine._cpu_ready == set(engine._cpu_slots)
-    assert [bench.io.slots[slot] for slot in engine._cpu_slots.values()] == list(engine._cpu_slots)
+    stored, slots = engine._storage.stored, engine._dram._slots
+    assert set(config.objects(list(stored))) == bench.io.stored
+    assert {block for block in range(400) if block in engine._storage} == set(stored)
+    assert set(engine._dram.ready) == set(slots)
+    assert (len(stored), len(engine._dram.ready)) == (len(set(stored)), len(slots))
+    for block, slot in slots.items():
+        places = range(slot * config.kv_ranks, (slot + 1) * config.kv_ranks)
+        assert [bench.io.slots[place] for place in places] == list(config.objects([block]))
     assert engine.write_queue_blocks == engine.in_flight == 0
     totals = bench.recorder.total
     assert totals.write_ops - totals.delete_ops == len(bench.io.stored)
+    assert totals.sync_ops == (totals.write_ops if config.write_sync is WriteSync.BATCH else 0)
+    assert config.eviction is Eviction.LRU or totals.delete_ops <= len(wrong) * config.kv_ranks
 
 
 # The fake itself

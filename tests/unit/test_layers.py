@@ -24,8 +24,9 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "config": frozenset({"models"}),
     "errors": frozenset({"models", "config"}),
     "measure": BASE,
-    "storage": BASE | {"measure"},
     "cluster": BASE | {"measure"},
+    # A marker names the process that holds a place; whether that still lives is for cluster to say.
+    "storage": BASE | {"measure", "cluster"},
     "spec": LEAVES,
     # Stands left of spec in the flow, but its flags are generated from the models of spec.
     "cli": LEAVES | {"spec"},
@@ -175,7 +176,8 @@ import mlpstorage_other
     [
         ("launch.mpi", "spec.hosts", True),
         ("spec.hosts", "launch.mpi", False),
-        ("storage.files", "cluster.facts", False),
+        ("storage.object_marker", "cluster.process", True),
+        ("cluster.facts", "storage.files", False),
         ("kvcache.rank", "results.models", True),
         ("kvcache.rank", "results.merge", False),
         ("results.merge", "results.models", True),

@@ -48,3 +48,41 @@ def test_every_model_is_in_the_table_and_on_the_command_line() -> None:
 def test_latent_attention_blocks_are_no_multiple_of_a_page() -> None:
     """16 tokens of deepseek-v3 are 1,124,352 B, 274.5 pages: the case for which storage must pad."""
     assert MODELS["deepseek-v3"].bytes_per_token * 16 == 1_124_352
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor_parallel", "kv_ranks", "bytes_of_one"),
+    [
+        ("llama3.1-8b", 1, 1, 131_072),
+        # 8 heads: 4 of them are 2 x 32 layers x 4 x 128 x 2 bytes.
+        ("llama3.1-8b", 2, 2, 65_536),
+        ("llama3.1-8b", 8, 8, 16_384),
+        # One head each, and each head twice: twice the bytes in all.
+        ("llama3.1-8b", 16, 16, 16_384),
+        # Every attention head has its own key and value head: 8 of 32 are 2 x 32 x 8 x 128 x 2.
+        ("llama2-7b", 4, 4, 131_072),
+        # 4 heads on 8 ranks: 2 x 94 x 1 x 128 x 2 bytes each.
+        ("qwen3-235b-a22b", 8, 8, 48_128),
+        # Layers of full attention alone: 2 x 12 x 1 x 64 x 2, and 2 x 10 x 1 x 128 x 2.
+        ("gpt-oss-20b", 8, 8, 3_072),
+        ("gemma-3-27b", 16, 16, 5_120),
+        ("tiny-1b", 2, 2, 12_288),
+        # Latent attention: every rank needs all of it, one keeps it.
+        ("deepseek-v3", 8, 1, 70_272),
+        ("deepseek-v3", 7, 1, 70_272),
+    ],
+)
+def test_a_token_is_divided_among_kv_ranks(name: str, tensor_parallel: int, kv_ranks: int, bytes_of_one: int) -> None:
+    """Each part holds its share of the heads, one at least; under latent attention there is one part."""
+    shape = MODELS[name]
+    assert shape.kv_ranks(tensor_parallel) == kv_ranks
+    assert shape.kv_rank_bytes_per_token(tensor_parallel) == bytes_of_one
+
+
+@pytest.mark.parametrize(
+    ("name", "divisors"),
+    [("tiny-1b", {1, 2, 4, 8, 12, 16}), ("llama3.1-8b", {1, 2, 4, 8, 16}), ("deepseek-v3", set(range(1, 17)))],
+)
+def test_heads_are_divided_whole_and_alike(name: str, divisors: set[int]) -> None:
+    """Ranks divide the heads, or are a multiple of them; latent attention goes with any number of ranks."""
+    assert {number for number in range(1, 17) if MODELS[name].splits_over(number)} == divisors

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
+from mlpstorage.cluster.facts import FileSystemSpace
 from mlpstorage.config import GIB, MIB
 from mlpstorage.errors import ConfigurationError
 from mlpstorage.plan.datasize import data_sizes
 from mlpstorage.plan.kvcache import (
+    NULL_STORAGE_GIB,
     Layout,
     check_room,
     gib,
@@ -17,8 +19,10 @@ from mlpstorage.plan.kvcache import (
     sizes,
     warmup_s,
     with_automatic_sizes,
+    with_settled_io,
 )
 from mlpstorage.spec.kvcache import KVCacheSpec
+from mlpstorage.storage.location import S3Location
 
 
 def spec(**values: Any) -> KVCacheSpec:  # noqa: ANN401 - fields of the spec
@@ -40,7 +44,9 @@ def test_sizes_of_llama() -> None:
     assert planned.bytes_per_token == 128 * 1024
     assert planned.object_bytes == planned.stored_bytes == 32 * MIB
     assert (planned.gpu_blocks, planned.cpu_blocks, planned.storage_blocks) == (512, 32, 80)
-    assert planned.in_flight_bytes == 256 * MIB
+    assert (planned.kv_ranks, planned.block_bytes, planned.stored_block_bytes) == (1, 32 * MIB, 32 * MIB)
+    assert planned.in_flight_bytes == planned.io_memory_bytes == 256 * MIB
+    assert planned.storage_objects == 80
 
 
 def test_sizes_of_deepseek_are_padded() -> None:
@@ -54,15 +60,65 @@ def test_sizes_of_deepseek_are_padded() -> None:
     assert planned.cpu_blocks == planned.storage_blocks == GIB // 1_126_400 == 953
 
 
+def test_sizes_of_a_block_that_is_split() -> None:
+    """4 of 8 heads of llama are 64 KiB a token: 2 objects of 16 MiB a block of 256; capacities stay in blocks."""
+    planned = sizes(spec(tensor_parallel=2, gpu_mem_gb=16, cpu_mem_gb=1, storage_gb=2.5, io_depth=4), 256)
+    assert (planned.kv_ranks, planned.bytes_per_token) == (2, 128 * 1024)
+    assert planned.object_bytes == planned.stored_bytes == 16 * MIB
+    assert planned.block_bytes == planned.stored_block_bytes == 32 * MIB
+    assert (planned.gpu_blocks, planned.cpu_blocks, planned.storage_blocks) == (512, 32, 80)
+    assert planned.storage_objects == 160
+    assert planned.in_flight_bytes == 64 * MIB
+
+
+def test_sizes_of_heads_that_are_kept_twice() -> None:
+    """One head of llama is 16 KiB a token; on 16 ranks a block is 16 objects of 4 MiB, twice what the model has."""
+    planned = sizes(spec(tensor_parallel=16, gpu_mem_gb=1, storage_gb=1), 256)
+    assert (planned.kv_ranks, planned.object_bytes, planned.block_bytes) == (16, 4 * MIB, 64 * MIB)
+    assert planned.bytes_per_token == 256 * 1024
+    assert (planned.gpu_blocks, planned.storage_blocks, planned.storage_objects) == (16, 16, 256)
+
+
+def test_every_part_of_a_split_block_is_padded() -> None:
+    """One token of tiny-1b on 4 ranks is 6,144 bytes, 1.5 pages, each: 4 x 8,192 on storage."""
+    planned = sizes(spec(model="tiny-1b", tensor_parallel=4, gpu_mem_gb=0, storage_gb=1), 1)
+    assert (planned.object_bytes, planned.stored_bytes) == (6_144, 8_192)
+    assert (planned.block_bytes, planned.stored_block_bytes) == (24_576, 32_768)
+    assert planned.storage_blocks == GIB // 32_768
+
+
+def test_latent_attention_is_kept_once() -> None:
+    """However many ranks."""
+    one, eight = (sizes(spec(model="deepseek-v3", tensor_parallel=number, storage_gb=1), 16) for number in (1, 8))
+    assert one == eight
+    assert eight.kv_ranks == 1
+
+
+def test_io_buffers_take_the_objects_and_the_random_bytes() -> None:
+    """384 KiB objects at depth 32: 32 to read into, and 64 MiB to write from, in whole objects a buffer (6 each)."""
+    small = sizes(spec(model="tiny-1b", io_depth=32), 16)
+    assert small.stored_bytes == 384 * 1024
+    assert small.in_flight_bytes == 32 * 384 * 1024
+    assert small.io_memory_bytes == 32 * (1 + 6) * 384 * 1024
+    # An HTTP client has the object once more.
+    remote = sizes(spec(model="tiny-1b", io_depth=32, cache_dir="s3://bucket/kv", storage_gb=1), 16)
+    assert remote.io_memory_bytes == small.io_memory_bytes + small.in_flight_bytes
+
+
 def test_capacities_are_whole_objects() -> None:
     """A tier of one byte less than three objects holds two; what is left to the run is not known."""
     planned = sizes(spec(cpu_mem_gb=(96 * MIB - 1) / GIB, gpu_mem_gb=0), 256)
     assert (planned.gpu_blocks, planned.cpu_blocks, planned.storage_blocks) == (0, 2, None)
     assert sizes(spec(), 256).cpu_blocks is None
+    assert sizes(spec(), 256).storage_objects == 0
 
 
-def test_the_write_queue_holds_two_objects_for_each_thread_at_least() -> None:
-    """A GiB of them where they are small; large objects would leave threads idle."""
+def test_the_write_queue_holds_two_objects_for_each_in_flight_at_least() -> None:
+    """As many GiB of them as asked for where they are small; large objects would leave threads idle."""
+    assert sizes(spec(write_queue_gib=2.5), 256).write_queue_blocks == 80
+    assert sizes(spec(write_queue_gib=0.001), 256).write_queue_blocks == 16
+    # 16 objects are 4 blocks of 4 kv ranks.
+    assert sizes(spec(write_queue_gib=0.001, tensor_parallel=4), 256).write_queue_blocks == 4
     assert sizes(spec(), 256).write_queue_blocks == 32
     assert sizes(spec(model="llama2-7b", io_threads=64), 4096).write_queue_blocks == 128
     assert sizes(spec(model="tiny-1b"), 16).write_queue_blocks == GIB // (12 * 2 * 4 * 128 * 2 * 16) == 2730
@@ -95,13 +151,15 @@ def test_warm_up(values: dict[str, float], seconds: float) -> None:
 
 def automatic(given: KVCacheSpec, memory_gib: float, total_gib: float, free_gib: float, ranks: int = 1) -> KVCacheSpec:
     """The spec with its sizes worked out for such a host."""
-    return with_automatic_sizes(
-        given,
-        memory_free_bytes=int(memory_gib * GIB),
-        storage_total_bytes=int(total_gib * GIB),
-        storage_free_bytes=int(free_gib * GIB),
-        ranks_on_host=ranks,
+    space = FileSystemSpace(
+        total_bytes=int(total_gib * GIB), free_bytes=int(free_gib * GIB), mount="/mnt", fs_type="ext4"
     )
+    return with_automatic_sizes(given, memory_free_bytes=int(memory_gib * GIB), space=space, ranks_on_host=ranks)
+
+
+def automatic_without_space(given: KVCacheSpec) -> KVCacheSpec:
+    """The same, where nobody tells how much room there is."""
+    return with_automatic_sizes(given, memory_free_bytes=20 * GIB, space=None, ranks_on_host=1)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +186,40 @@ def test_a_file_system_that_is_nearly_full_needs_a_limit_from_the_user() -> None
 
 def test_what_was_given_is_kept() -> None:
     """Only what was left to the program is worked out, the warm-up too."""
-    given = spec(cpu_mem_gb=0, storage_gb=7, warmup=1)
+    given = spec(cpu_mem_gb=0, storage_gb=7, warmup=1, layout="slab", io_depth=3, io_threads=3)
     assert automatic(given, 10, 100, 100) == given
     assert automatic(spec(duration=50), 10, 100, 100).warmup == 10.0
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"cache_dir": "s3://bucket/kv"}, "--storage-gb: an object store tells no size"),
+        ({"cache_dir": "/ramfs"}, "--storage-gb: the file system of the cache directory tells no size"),
+    ],
+)
+def test_a_place_without_a_size_needs_a_limit_from_the_user(values: dict[str, object], said: str) -> None:
+    """An object store, and a file system such as ramfs."""
+    with pytest.raises(ConfigurationError, match=said):
+        automatic_without_space(spec(**values))
+    assert automatic_without_space(spec(storage_gb=3, **values)).storage_gb == 3
+
+
+def test_what_stores_nothing_has_a_limit_all_the_same() -> None:
+    """Layout null takes a fixed one, whatever the file system, and its sizes follow as usual."""
+    found = automatic_without_space(spec(layout="null"))
+    assert found.storage_gb == NULL_STORAGE_GIB == 100
+    assert sizes(found, 256).storage_blocks == 3200
+
+
+def test_layout_and_threads_are_settled_without_a_host() -> None:
+    """Here as in the automatic sizes; what was given stays."""
+    settled = with_settled_io(spec(io_depth=5))
+    assert (settled.layout, settled.io_depth, settled.io_threads) == ("file", 5, 5)
+    settled = automatic_without_space(spec(cache_dir="s3://bucket/kv", storage_gb=1))
+    assert (settled.layout, settled.io_depth, settled.io_threads) == ("object", 8, 8)
+    settled = with_settled_io(spec(io_engine="uring", layout="slab"))
+    assert (settled.layout, settled.io_depth, settled.io_threads) == ("slab", 8, 1)
 
 
 # Room
@@ -158,9 +247,31 @@ def test_a_plan_that_fits_is_not_refused() -> None:
 def test_too_little_memory_is_refused_with_the_need_and_the_flag() -> None:
     """Two ranks of 1 GiB + 256 MiB + 300 MiB each need 3.09 GiB."""
     with pytest.raises(
-        ConfigurationError, match=r"not enough memory.*3\.09 GiB for 2 ranks.*3\.00 GiB are free.*--cpu-mem-gb"
+        ConfigurationError,
+        match=r"not enough memory.*3\.09 GiB for 2 ranks.*3\.00 GiB are free.*--cpu-mem-gb, --io-depth",
     ):
         check(spec(cpu_mem_gb=1, storage_gb=10), memory_gib=3, ranks=2)
+
+
+def test_a_place_that_tells_no_size_is_not_too_small() -> None:
+    """Its room is not checked; memory is."""
+    given = spec(cpu_mem_gb=0, storage_gb=10_000, cache_dir="s3://bucket/kv")
+    planned = sizes(given, 256)
+
+    def check_it(memory_bytes: int) -> None:
+        check_room(
+            given,
+            planned,
+            memory_free_bytes=memory_bytes,
+            storage_free_bytes=None,
+            ranks_on_host=1,
+            where="s3://bucket/kv",
+        )
+
+    # 8 objects of 32 MiB, the client's copies of them, 300 MiB.
+    check_it((256 + 256 + 300) * MIB)
+    with pytest.raises(ConfigurationError, match=r"I/O buffers 0\.50 GiB"):
+        check_it((256 + 256 + 300) * MIB - 1)
 
 
 def test_too_little_space_is_refused_with_the_need_and_the_flag() -> None:
@@ -175,7 +286,7 @@ def test_too_little_space_is_refused_with_the_need_and_the_flag() -> None:
 def test_a_storage_tier_without_room_for_one_object_is_refused() -> None:
     """31 MiB hold no object of 32 MiB; they do hold one of half its tokens."""
     small = spec(cpu_mem_gb=0, storage_gb=31 / 1024)
-    with pytest.raises(ConfigurationError, match=r"holds no object of 32\.00 MiB.*--storage-gb.*--block-tokens"):
+    with pytest.raises(ConfigurationError, match=r"holds no block of 32\.00 MiB.*--storage-gb.*--block-tokens"):
         check(small)
     check(small, block_tokens=128)
 
@@ -205,6 +316,7 @@ def test_each_rank_has_a_directory_of_its_own() -> None:
     """Below the cache directory."""
     assert rank_directory(Path("/c"), 0) != rank_directory(Path("/c"), 1)
     assert rank_directory(Path("/c"), 12).parent == Path("/c")
+    assert rank_directory(S3Location("bucket", "kv"), 3) == S3Location("bucket", "kv/rank_3")
 
 
 @pytest.mark.parametrize(
@@ -253,3 +365,17 @@ def test_data_sizes_count_full_blocks_with_their_padding() -> None:
     assert estimate.padding_bytes_per_block == 1536
     assert estimate.contexts[0].blocks_per_user == 20
     assert estimate.contexts[0].bytes_all_users == 3 * 20 * 1716 * 4096
+
+
+def test_data_sizes_of_a_split_block() -> None:
+    """Two objects a block; the bytes of a block and of a user stay, those of an object are half."""
+    whole, split = (data_sizes(spec(tensor_parallel=number, storage_gb=1)) for number in (1, 2))
+    assert (whole.objects_per_block, whole.bytes_per_object) == (1, 33_554_432)
+    assert (split.objects_per_block, split.bytes_per_object) == (2, 16_777_216)
+    assert split.bytes_per_block == whole.bytes_per_block
+    assert split.contexts == whole.contexts
+    # One head each on 16 ranks: all is kept twice, and read twice.
+    twice = data_sizes(spec(tensor_parallel=16, storage_gb=1))
+    assert twice.contexts[0].bytes_per_user == 2 * whole.contexts[0].bytes_per_user
+    assert twice.break_even_gib_per_s == pytest.approx(2 * whole.break_even_gib_per_s)
+    assert (twice.as_dict()["tensor_parallel"], twice.as_dict()["profile"]) == (16, None)

@@ -8,14 +8,15 @@ from itertools import count
 
 import pytest
 
-from mlpstorage.config import GIB, GenerationMode, TouchOrder
+from mlpstorage.config import GIB, Eviction, GenerationMode, StorePolicy, TouchOrder, WriteOverflow, WriteSync
 from mlpstorage.errors import ConfigurationError, RunError, RunTimeoutError
-from mlpstorage.kvcache.engine import EngineConfig
+from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.pacing import Pacing
 from mlpstorage.kvcache.play import (
     DRAIN_LIMIT_S,
     INTERRUPTED_DRAIN_LIMIT_S,
     LAG_PROBE_NS,
+    DropPageCache,
     Ending,
     Played,
     Stop,
@@ -25,9 +26,11 @@ from mlpstorage.kvcache.play import (
 from mlpstorage.kvcache.request import Request
 from mlpstorage.kvcache.workload import ClosedLoop, OpenLoop, Workload
 from mlpstorage.measure.clock import NS
+from mlpstorage.measure.process import thread_waits_ns
 from mlpstorage.results.models import Sample
 from mlpstorage.storage.arena import DramArena
 from mlpstorage.storage.ops import OpDone, OpKind
+from mlpstorage.storage.payload import VerifyError
 from mlpstorage.testing.virtual import ModelledIO, VirtualClock, VirtualLoop, run_virtual
 
 MS = NS // 1000
@@ -37,14 +40,27 @@ OBJECT_BYTES = GIB
 # A prompt token takes 1 ms, an output token after the first 10 ms; a block has 100 tokens.
 CONFIG = EngineConfig(
     block_tokens=100,
+    kv_ranks=1,
     object_bytes=OBJECT_BYTES,
     gpu_blocks=0,
     cpu_blocks=0,
     storage_blocks=1000,
-    write_queue_blocks=1000,
     touch=TouchOrder.TAIL,
     prefix_caching=True,
     pacing=Pacing(mode=GenerationMode.REALISTIC, prefill_tokens_per_s=1000.0, decode_tokens_per_s=100.0),
+    store_policy=StorePolicy.ALWAYS,
+    eviction=Eviction.LRU,
+    evict_above=1.0,
+    evict_to=1.0,
+    write_overflow=WriteOverflow.BLOCK,
+    write_queue_blocks=1000,
+    write_queue_s=None,
+    write_batch=16,
+    write_interval_s=0.0,
+    write_sync=WriteSync.NONE,
+    load_batch=1,
+    min_load_tokens=0,
+    load_timeout=None,
 )
 
 
@@ -87,6 +103,8 @@ class Stage:
     io: ModelledIO = field(default_factory=ModelledIO)
     stop: Stop = field(default_factory=Stop)
     shown: list[Sample] = field(default_factory=list)
+    reused: Sequence[int] = ()
+    drop_page_cache: DropPageCache | None = None
     ended_ns: int = 0
 
     def play(self, *beside: Callable[[], None], at_s: Sequence[float] = ()) -> Played:
@@ -108,6 +126,8 @@ class Stage:
             arena=DramArena(self.config.cpu_blocks, 0),
             stop=self.stop,
             on_sample=self.shown.append,
+            reused=self.reused,
+            drop_page_cache=self.drop_page_cache,
         )
         self.ended_ns = VirtualClock().now_ns()
         return played
@@ -436,6 +456,230 @@ def test_a_sample_tells_what_is_in_flight_and_what_was_found() -> None:
     fifth, sixth = played.samples[4:6]
     assert (fifth.t_s, fifth.read_gib_per_s, fifth.requests_in_flight, fifth.cached_tokens) == (5.0, 3.0, 1, 0)
     assert (sixth.read_gib_per_s, sixth.requests_in_flight, sixth.cached_tokens) == (0.0, 0, 300)
+
+
+def test_a_sample_tells_the_room_of_all_objects_of_a_block() -> None:
+    """Two blocks of four objects of 1 GiB: 8 GiB on storage, and 4 of them in DRAM."""
+    config = replace(CONFIG, kv_ranks=4, cpu_blocks=1)
+    stage = Stage(open_loop(request(2.0, 1, 2), request(100.0, 9)), config=config, io=ModelledIO(kv_ranks=4))
+    (sample,) = [sample for sample in stage.play().samples if sample.t_s == 5.0]
+    assert (sample.storage_used_bytes // GIB, sample.cpu_used_bytes // GIB) == (8, 4)
+    assert sample.written_bytes == 8 * GIB
+
+
+# What was on storage before
+
+
+def test_what_an_earlier_run_left_is_found() -> None:
+    """Two blocks of two objects each, read in the window by the first request."""
+    stage = Stage(
+        open_loop(request(3.0, 1, 2, 3), request(100.0, 9)),
+        config=replace(CONFIG, kv_ranks=2),
+        io=ModelledIO(stored={2, 3, 4, 5}, kv_ranks=2),
+        reused=(2, 1),
+    )
+    played = stage.play()
+    assert played.recorder.requests.hit_blocks.storage == 2
+    assert played.recorder.window.read_ops == 4
+    assert played.error is None
+    assert stage.io.misuses == []
+
+
+def test_what_is_too_much_of_it_is_deleted_before_the_run_begins() -> None:
+    """Two of four blocks fit: deletes of 3 s, the oldest blocks, in no window; the run begins when they have ended."""
+    stage = Stage(
+        open_loop(request(1.0, 1, 2), request(100.0, 9)),
+        warmup_s=0.0,
+        config=replace(CONFIG, storage_blocks=2),
+        io=ModelledIO(stored={1, 2, 3, 4}, latency_ns={OpKind.DELETE: 3 * NS}),
+        reused=(4, 3, 2, 1),
+    )
+    played = stage.play()
+    assert [done.op.object_id for done in stage.io.done_of(OpKind.DELETE)] == [4, 3]
+    assert (played.recorder.total.delete_ops, played.recorder.window.delete_ops) == (2, 0)
+    assert [done.start_ns for done in stage.io.done_of(OpKind.READ)] == [4 * NS, 4 * NS]
+    assert played.recorder.measured_ns == 10 * NS
+    assert stage.ended_ns == 13 * NS
+
+
+def test_who_interrupts_before_the_run_has_begun_does_not_wait_for_all_deletes() -> None:
+    """Of three deletes of 3 s by one thread the first is waited for; nothing was measured."""
+    stage = Stage(
+        open_loop(request(1.0, 1)),
+        config=replace(CONFIG, storage_blocks=1),
+        io=ModelledIO(servers=1, stored={1, 2, 3, 4}, latency_ns={OpKind.DELETE: 3 * NS}),
+        reused=(4, 3, 2, 1),
+    )
+    played = stage.play(stage.stop.interrupt, at_s=[2.0])
+    assert played.ending is Ending.INTERRUPTED
+    assert played.recorder.total.delete_ops == 1
+    assert played.recorder.measured_ns == 0
+    assert stage.ended_ns == 3 * NS
+
+
+# The page cache
+
+
+@dataclass(slots=True)
+class Dropper:
+    """Stands for a store whose pages can be dropped; takes its time, and says what it is told to say."""
+
+    says: list[int | None] = field(default_factory=list)
+    takes_s: float = 0.0
+    error: OSError | None = None
+    calls: list[tuple[int, list[int]]] = field(default_factory=list)
+
+    async def __call__(self, object_ids: Sequence[int]) -> int | None:
+        """Drop the objects' pages."""
+        self.calls.append((VirtualClock().now_ns(), sorted(object_ids)))
+        await asyncio.sleep(self.takes_s)
+        if self.error is not None:
+            raise self.error
+        return self.says[len(self.calls) - 1]
+
+
+def test_the_page_cache_is_dropped_when_the_window_begins() -> None:
+    """At 2 s, of what is on storage by then: two blocks of two objects, and not of the one that is being written."""
+    drop = Dropper(says=[4096])
+    stage = Stage(
+        open_loop(request(0.5, 1, 2), request(1.8, 3), request(100.0, 9)),
+        config=replace(CONFIG, kv_ranks=2),
+        io=ModelledIO(kv_ranks=2, latency_ns={OpKind.WRITE: 300 * MS}),
+        drop_page_cache=drop,
+    )
+    played = stage.play()
+    assert drop.calls == [(2 * NS, [2, 3, 4, 5])]
+    assert played.dropped_page_cache_bytes == 4096
+
+
+def test_the_page_cache_is_dropped_before_the_start_too_where_blocks_are_reused() -> None:
+    """After the deletes of what does not fit, at 3 s, for 1 s; then at the window's begin. The run began at 4 s."""
+    drop = Dropper(says=[100, 20], takes_s=1.0)
+    stage = Stage(
+        open_loop(request(9.0, 1)),
+        config=replace(CONFIG, storage_blocks=1),
+        io=ModelledIO(stored={1, 2}, latency_ns={OpKind.DELETE: 3 * NS}),
+        reused=(2, 1),
+        drop_page_cache=drop,
+    )
+    played = stage.play()
+    assert drop.calls == [(3 * NS, [1]), (6 * NS, [1])]
+    assert played.dropped_page_cache_bytes == 120
+    # A full hit computes one token.
+    assert stage.ended_ns == 13 * NS + 1 * MS
+
+
+def test_where_one_drop_is_unknown_the_sum_is() -> None:
+    """None, and so is what was never dropped: no call, or no window."""
+    workload, io = open_loop(request(9.0, 1)), ModelledIO(stored={1})
+    assert (
+        Stage(workload, io=io, reused=(1,), drop_page_cache=Dropper(says=[5, None])).play().dropped_page_cache_bytes
+        is None
+    )
+    assert Stage(workload).play().dropped_page_cache_bytes is None
+    early, drop = open_loop(request(0.5, 1)), Dropper(says=[5])
+    assert Stage(early, drop_page_cache=drop).play().dropped_page_cache_bytes is None
+    assert drop.calls == []
+
+
+def test_a_drop_that_fails_fails_the_run() -> None:
+    """As any I/O does, at once."""
+    drop = Dropper(error=OSError(5, "Input/output error"))
+    played = Stage(steady(0.95, 1.0, 14), drop_page_cache=drop).play()
+    assert isinstance(played.error, RunError)
+    assert "Input/output error" in str(played.error)
+    assert played.recorder.measured_ns == 0
+
+
+def test_a_slow_drop_puts_off_the_window() -> None:
+    """15 s from the end of the warm-up at 2 s: the window begins at 17 s and has its full length."""
+    played = Stage(steady(0.95, 1.0, 40), drop_page_cache=Dropper(says=[7], takes_s=15.0)).play()
+    assert (played.warmup_ns, played.recorder.measured_ns) == (17 * NS, 10 * NS)
+    assert (played.dropped_page_cache_bytes, played.error, played.hung) == (7, None, False)
+    assert played.recorder.requests.completed == 10
+
+
+def test_a_drop_that_never_ends_keeps_nobody_waiting() -> None:
+    """The trace is over before the drop is: the run ends, with a window of no length."""
+    played = Stage(steady(0.95, 1.0, 14), drop_page_cache=Dropper(says=[7], takes_s=100.0)).play()
+    assert (played.recorder.measured_ns, played.dropped_page_cache_bytes, played.hung) == (0, None, False)
+    assert played.ending is Ending.EXHAUSTED
+
+
+# Wrong data
+
+
+def test_wrong_data_fails_the_run_at_its_end_and_not_before() -> None:
+    """Two reads of the warm-up and the window are wrong: the whole window is measured, and the first is told."""
+    first, second = VerifyError("first", 1, (1, 1), (2, 1)), VerifyError("second", 0, (1, 0), (2, 0))
+    io = ModelledIO(failures={(OpKind.READ, 1): first, (OpKind.READ, 3): second})
+    asked = [request(at_s, 1) for at_s in (0.5, 1.0, 3.0, 4.0, 5.0, 6.0)]
+    played = Stage(open_loop(*asked, request(100.0, 9)), io=io).play()
+    # Block 1 is wrong at 1 s, is computed and written anew at 3 s, is right at 4 s, wrong at 5 s, computed at 6 s.
+    assert played.ending is Ending.FAILED
+    assert isinstance(played.error, RunError)
+    assert played.error.exit_code == 6
+    assert "2 reads" in str(played.error)
+    assert str(first) in str(played.error)
+    assert played.failures == (str(first), str(second))
+    assert played.verify_failures == 2
+    assert played.recorder.measured_ns == 10 * NS
+    assert (played.recorder.requests.completed, played.recorder.requests.failed) == (3, 1)
+    assert played.recorder.total_requests.failed == 2
+    assert io.misuses == []
+
+
+def test_a_failed_call_is_told_before_wrong_data() -> None:
+    """It ended the run; the wrong data is in the failures."""
+    failures = {(OpKind.READ, 1): VerifyError("first", 1, (1, 1), (2, 1)), (OpKind.WRITE, 2): OSError(28, "full")}
+    asked = [request(at_s, 1) for at_s in (3.0, 4.0, 5.0)]
+    played = Stage(open_loop(*asked, request(100.0, 9)), io=ModelledIO(failures=failures)).play()
+    assert "full" in str(played.error)
+    assert played.verify_failures == len(played.failures) == 1
+
+
+# The client's own cost
+
+
+def test_time_of_payloads_is_that_of_the_window() -> None:
+    """Writes of 3 ms of payload end at 1.05, 2.05 ... 11.05 s: ten of the eleven lie inside."""
+    played = Stage(steady(0.95, 1.0, 14), io=ModelledIO(payload_ns={OpKind.WRITE: 3 * MS})).play()
+    assert played.payload_cpu_s == 0.03
+    assert played.recorder.total.write_ops == 11
+
+
+def test_waits_for_processors_are_those_of_the_window() -> None:
+    """None where the kernel does not tell; never negative; and 0 where there was no window."""
+    played = Stage(steady(0.95, 1.0, 14)).play()
+    assert (played.cpu_wait_s is None) == (thread_waits_ns() is None)
+    assert played.cpu_wait_s is None or played.cpu_wait_s >= 0
+    assert played.cpu_s > 0
+    stage = Stage(steady(0.1, 0.5, 14))
+    assert stage.play(stage.stop.interrupt, at_s=[1.5]).cpu_wait_s == 0
+
+
+# Blocks that collect
+
+
+def test_a_trace_that_is_over_waits_for_the_interval() -> None:
+    """Answered at 3.1 s, handed over 4 s later, written in 1 s: all is stored when the run ends."""
+    stage = Stage(
+        open_loop(request(3.0, 1)),
+        config=replace(CONFIG, write_interval_s=4.0),
+        io=ModelledIO(latency_ns={OpKind.WRITE: 1 * NS}),
+    )
+    played = stage.play()
+    assert played.ending is Ending.EXHAUSTED
+    assert stage.ended_ns == 8100 * MS
+    assert played.recorder.window.write_ops == 1
+
+
+def test_what_collects_when_the_window_ends_stays_in_flight() -> None:
+    """Answered at 11.1 s, to be handed over at 15.1 s: neither written nor dropped, and nothing to drain."""
+    stage = Stage(open_loop(request(11.0, 1), request(100.0, 9)), config=replace(CONFIG, write_interval_s=4.0))
+    played = stage.play()
+    assert played.recorder.total.write_ops == played.recorder.total.writes_dropped == 0
+    assert (stage.ended_ns, played.drain_ns) == (12 * NS, 0)
 
 
 # The loop's lag

@@ -1,13 +1,14 @@
 """What a rank counts: cases worked by hand, at the edges of the window."""
 
+from dataclasses import replace
+
 import pytest
 
 from mlpstorage.config import Tier
 from mlpstorage.kvcache.recorder import Answered, Recorder, RequestTally, StorageTally, TierTally, counts
 from mlpstorage.results.models import LATENCIES, RequestCounts, StorageCounts
-from mlpstorage.storage.ops import Op, OpDone, OpKind
+from mlpstorage.storage.ops import Op, OpDone, OperationSkippedError, OpKind
 from mlpstorage.storage.payload import VerifyError
-from mlpstorage.storage.pool import OperationSkippedError
 
 
 def recorder() -> Recorder:
@@ -16,10 +17,18 @@ def recorder() -> Recorder:
 
 
 def done(
-    kind: OpKind, end_ns: int = 150, *, direct: bool | None = None, verified: int = 0, error: Exception | None = None
+    kind: OpKind,
+    end_ns: int = 150,
+    *,
+    direct: bool | None = None,
+    verified: int = 0,
+    error: Exception | None = None,
+    page_cache_bytes: int | None = 0,
+    retries: int = 0,
 ) -> OpDone:
-    """An operation that waited 5 ns and took 20 ns."""
-    return OpDone(Op(kind, 1), end_ns - 25, end_ns - 20, end_ns, direct, verified, error)
+    """An operation that waited 5 ns and took 20 ns, and whose payload took 3 ns."""
+    op, queued_ns, start_ns = Op(kind, 1), end_ns - 25, end_ns - 20
+    return OpDone(op, queued_ns, start_ns, end_ns, direct, verified, error, 3, page_cache_bytes, retries)
 
 
 def answered(done_ns: int, saved_ns: int | None = None) -> Answered:
@@ -33,6 +42,8 @@ def answered(done_ns: int, saved_ns: int | None = None) -> Answered:
         hit_blocks={Tier.GPU: 1, Tier.CPU: 1, Tier.STORAGE: 1},
         ttft_ns=7,
         ttft_saved_ns=saved_ns,
+        load_skipped=False,
+        load_abandoned=False,
     )
 
 
@@ -46,8 +57,9 @@ def test_the_window_holds_its_first_moment_and_not_its_end(at_ns: int, inside: b
     it.failed(at_ns)
     it.dropped(at_ns, 2)
     it.deduplicated(at_ns, 3)
+    it.deferred(at_ns, 4)
     it.took("lookup", at_ns - 4, at_ns)
-    it.written_behind(at_ns - 50, [done(OpKind.WRITE, at_ns)])
+    it.took("write_behind", at_ns - 50, at_ns)
     assert it.inside(at_ns) is inside
     expected = int(inside)
     assert (it.window.read_ops, it.total.read_ops) == (expected, 1)
@@ -55,6 +67,8 @@ def test_the_window_holds_its_first_moment_and_not_its_end(at_ns: int, inside: b
     assert (it.requests.failed, it.total_requests.failed) == (expected, 1)
     assert (it.window.writes_dropped, it.total.writes_dropped) == (2 * expected, 2)
     assert (it.window.dedup_skipped_bytes, it.total.dedup_skipped_bytes) == (3000 * expected, 3000)
+    assert (it.window.writes_deferred, it.total.writes_deferred) == (4 * expected, 4)
+    assert it.payload_ns == 3 * expected
     for name, value_ns in {"ttft": 9, "lookup": 4, "write_behind": 50, "storage_read": 20, "queue_wait": 5}.items():
         assert (it.latency[name].count, it.latency[name].sum_ns) == (expected, value_ns * expected)
 
@@ -82,6 +96,48 @@ def test_operations_by_kind() -> None:
         "storage_write": 1,
         "storage_delete": 1,
     }
+
+
+def test_a_sync_moves_no_bytes_and_has_a_latency_of_its_own() -> None:
+    """It waits for what a write has moved."""
+    it = recorder()
+    it.operations([done(OpKind.SYNC), done(OpKind.SYNC)])
+    assert it.window == StorageTally(sync_ops=2)
+    assert (it.latency["storage_sync"].count, it.latency["storage_sync"].sum_ns) == (2, 40)
+
+
+def test_bytes_that_can_have_come_from_the_page_cache_add_up() -> None:
+    """Of reads alone; a write that tells some is no read."""
+    it = recorder()
+    reads = [done(OpKind.READ, page_cache_bytes=known) for known in (0, 4096, 500)]
+    it.operations([*reads, done(OpKind.WRITE, page_cache_bytes=7)])
+    assert it.window.page_cache_bytes == 4596
+
+
+def test_one_read_of_which_it_is_unknown_makes_the_page_cache_unknown() -> None:
+    """A sum over the others would pass for the whole; a window without that read still knows its own."""
+    it = recorder()
+    it.operations([done(OpKind.READ, 150, page_cache_bytes=4096), done(OpKind.READ, 250, page_cache_bytes=None)])
+    it.operations([done(OpKind.READ, 250, page_cache_bytes=1)])
+    assert (it.window.page_cache_bytes, it.total.page_cache_bytes) == (4096, None)
+
+
+def test_tries_beyond_the_first_count_whatever_became_of_the_operation() -> None:
+    """Two retries of a read that got through, three of a write that did not."""
+    it = recorder()
+    it.operations([done(OpKind.READ, retries=2), done(OpKind.WRITE, retries=3, error=OSError(5, "Input/output error"))])
+    assert (it.window.retries, it.window.read_ops, it.window.io_errors) == (5, 1, 1)
+
+
+def test_messages_of_the_first_hundred_verification_failures_are_kept() -> None:
+    """All are counted, wherever they fell, those of copies from DRAM too; only reads are errors of storage."""
+    it = recorder()
+    it.operations(done(OpKind.READ, 250, error=VerifyError("object", page, (1, page), (0, 0))) for page in range(100))
+    it.operations([done(OpKind.COPY_OUT, error=VerifyError("copy", 0, (1, 0), (0, 0)))])
+    assert it.verify_failures == 101
+    assert it.total.verify_errors == 100
+    assert len(it.failures) == 100
+    assert "page 99" in it.failures[-1]
 
 
 def test_copies_in_memory_are_no_storage_operations() -> None:
@@ -125,6 +181,26 @@ def test_requests_add_up_by_tier() -> None:
     assert it.requests.hit_blocks == TierTally(gpu=2, cpu=2, storage=2)
     assert (it.requests.ttft_saved_ns, it.requests.ttft_saved_requests) == (-30, 1)
     assert (it.total_requests.ttft_saved_ns, it.total_requests.ttft_saved_requests) == (70, 2)
+
+
+def test_loads_that_were_not_made_are_counted_with_their_requests() -> None:
+    """Skipped and abandoned ones, by when the answer was complete."""
+    it = recorder()
+    it.answered(replace(answered(150), load_skipped=True))
+    it.answered(replace(answered(150), load_abandoned=True))
+    it.answered(replace(answered(250), load_abandoned=True))
+    assert (it.requests.loads_skipped, it.requests.loads_abandoned) == (1, 1)
+    assert it.total_requests.loads_abandoned == 2
+
+
+def test_nothing_is_inside_a_window_that_is_not_known_yet() -> None:
+    """What happens before the run begins is in the totals only."""
+    it = Recorder(object_bytes=1000, stored_bytes=4096)
+    it.operations([done(OpKind.DELETE, 0), done(OpKind.DELETE, 150)])
+    assert (it.window.delete_ops, it.total.delete_ops, it.measured_ns) == (0, 2, 0)
+    it.open((100, 200))
+    it.operations([done(OpKind.DELETE, 150)])
+    assert (it.window.delete_ops, it.measured_ns) == (1, 100)
 
 
 def test_a_window_that_is_closed_early_has_its_true_length() -> None:

@@ -32,6 +32,7 @@ from mlpstorage.results.models import (
     HostSummary,
     Latency,
     RequestRates,
+    Reuse,
     Slo,
     StorageCounts,
     Summary,
@@ -71,6 +72,8 @@ def summary_of(samples: int = 5_000, **changes: object) -> Summary:
         requests=RequestRates(
             completed=1234,
             failed=0,
+            loads_skipped=0,
+            loads_abandoned=0,
             rate_per_s=61.7,
             prompt_tokens_per_s=617_250.0,
             cached_tokens_per_s=345_660.0,
@@ -86,14 +89,21 @@ def summary_of(samples: int = 5_000, **changes: object) -> Summary:
         client=Client(
             cpu_s=3.2,
             cpu_ms_per_gib=110.3,
+            payload_cpu_s=0.8,
+            payload_cpu_share=0.25,
+            cpu_wait_s=0.153,
             max_rss_bytes=512 << 20,
             os_read_bytes=None,
             os_written_bytes=None,
             loop_lag_p99_ms=3.17,
             bottleneck=False,
+            bottleneck_reason=None,
         ),
         breakeven=BreakEven(prefill_tokens_per_s=20_000, read_gib_per_s_needed=2.44140625, ttft_saved_mean_ms=100.0),
         slo=Slo(ttft_p95_ms_target=450.0, met=True),
+        verify_failures=(),
+        dropped_page_cache_bytes=0,
+        reuse=None,
         hosts=(_host("h1"),),
     )
     return summary.model_copy(update=changes)
@@ -105,6 +115,11 @@ def _host(name: str) -> HostSummary:
     )
 
 
+def in_window(**counts: int | None) -> Summary:
+    """A run in which all went well but for these storage counts of the window."""
+    return summary_of(storage=summary_of().storage.model_copy(update=counts))
+
+
 def few_samples() -> Summary:
     """A run that was stopped early: 15 samples of each latency, which have a median at most."""
     return summary_of(15, status=RunStatus.INTERRUPTED, slo=Slo(ttft_p95_ms_target=450.0, met=None))
@@ -113,15 +128,18 @@ def few_samples() -> Summary:
 def troubled() -> Summary:
     """A run in which everything went wrong that can."""
     base = summary_of()
-    wrong = {"io_errors": 2, "verify_errors": 1, "writes_dropped": 77, "buffered_files": 3_000}
+    wrong = {"io_errors": 2, "verify_errors": 1, "writes_dropped": 77, "retries": 8, "buffered_files": 3_000}
     return summary_of(
         status=RunStatus.FAILED,
         error="rank 1 on a-host-with-a-name.cluster.example.org: cannot write /mnt/nvme/cache/ab/cd/"
         "0123456789abcdef0123456789abcdef: no space left on device; lower --storage-gb",
-        requests=base.requests.model_copy(update={"failed": 9}),
+        requests=base.requests.model_copy(update={"failed": 9, "loads_abandoned": 6}),
         window=base.window.model_copy(update={"requests_in_flight_at_end": 42}),
         storage_total=base.storage_total.model_copy(update=wrong),
-        client=base.client.model_copy(update={"bottleneck": True}),
+        client=base.client.model_copy(
+            update={"bottleneck": True, "bottleneck_reason": "h1: the client used 91.0% of the processor time"}
+        ),
+        verify_failures=("object 17: wrong stamp in sector 3",),
         slo=Slo(ttft_p95_ms_target=50.0, met=False),
         hosts=(_host("h1"), _host("a-host-with-a-name.cluster.example.org")),
     )
@@ -210,7 +228,8 @@ def test_facts_have_their_units() -> None:
         "1,234 completed, 61.7 a second; tokens a second: 617,250 prompt, 345,660 cached, 61,725 output",
         "20.0 s measured after 4.0 s of warm-up; 0.5 s of drain",
         "reading beats recompute above 2.44 GiB/s (prefill 20,000 tokens/s); TTFT saved, mean: 100 ms",
-        "CPU 110 ms per GiB moved, 3.2 s in all; peak RSS of a rank 512 MiB; loop lag p99 3.17 ms",
+        "CPU 110 ms per GiB moved, 3.2 s in all, 25.0 % of it for stamps and checks; waited 0.153 s for a processor",
+        "for a processor; peak RSS of a rank 512 MiB; loop lag p99 3.17 ms",
     ):
         assert part in text
 
@@ -233,7 +252,10 @@ def test_trouble_is_told_with_its_count() -> None:
         "I/O errors: 2",
         "failed requests: 9",
         "dropped writes: 77",
+        "abandoned loads: 6",
+        "retries: 8",
         "buffered files: 3,000",
+        "object 17: wrong stamp in sector 3",
         "client bottleneck: the client, not the storage, may be the limit",
         "in flight at the end of the window: 42",
     ]
@@ -243,6 +265,93 @@ def test_trouble_inside_the_window_alone_is_told() -> None:
     """A count of the window is told even where the totals lack it."""
     storage = summary_of().storage.model_copy(update={"io_errors": 5})
     assert "! I/O errors: 5" in shown(summary_table(summary_of(storage=storage), metadata=METADATA))
+
+
+def test_syncs_have_a_row_where_there_were_any() -> None:
+    """A row of syncs has neither a rate nor bytes; without a sync there is none."""
+    text = shown(summary_table(in_window(sync_ops=1_280), metadata=METADATA))
+    rows = [line.split() for line in text.splitlines() if line.startswith("sync ")]
+    assert rows == [["sync", "-", "1,280", "-", "70.0", "70.0", "70.0"]]
+    assert "sync" not in shown(summary_table(summary_of(), metadata=METADATA))
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [
+        ({"page_cache_bytes": 6 * GIB}, "; of what was read it held 25.0 % beforehand)"),
+        ({"page_cache_bytes": 0}, "; of what was read it held 0.0 % beforehand)"),
+        # The page cache held the padding as well, which is not in the bytes read: no more than all can come from it.
+        ({"page_cache_bytes": 25 * GIB}, "; of what was read it held 100.0 % beforehand)"),
+        ({"page_cache_bytes": None}, "; how much of it cannot be known)"),
+        ({"read_bytes": 0, "page_cache_bytes": 0}, ")"),
+    ],
+)
+def test_buffered_files_tell_the_part_of_the_page_cache(counts: dict[str, int | None], told: str) -> None:
+    """Of 24 GiB read the page cache held 6, hence a quarter; where that is not known, no number is invented."""
+    text = shown(summary_table(in_window(buffered_files=3, **counts), metadata=METADATA), 200)
+    assert f"! buffered files: 3 (the page cache is part of these numbers{told} " in flat(text) + " "
+    assert "n/a" not in text
+
+
+def test_unknown_page_cache_alone_is_no_missing_number() -> None:
+    """Without buffered files the report shows nothing of the page cache, so there is nothing to explain in a note."""
+    assert "n/a" not in shown(summary_table(in_window(page_cache_bytes=None), metadata=METADATA))
+
+
+def test_first_verify_failures_are_told() -> None:
+    """Three of five failures are shown, in their order; what they quote from the disk moves no cursor."""
+    failures = ("object 1: \x1b[2Jwrong\nstamp", *(f"object {number}: wrong stamp" for number in (2, 3, 4, 5)))
+    text = shown(summary_table(summary_of(verify_failures=failures), metadata=METADATA))
+    assert [line for line in text.splitlines() if line.startswith("! ")] == [
+        "! object 1:  [2Jwrong stamp",
+        "! object 2: wrong stamp",
+        "! object 3: wrong stamp",
+    ]
+    assert "\x1b" not in text
+
+
+def test_client_bottleneck_has_its_reason() -> None:
+    """The note ends with the rule that says so; a host's name in it moves no cursor."""
+    client = summary_of().client.model_copy(
+        update={"bottleneck": True, "bottleneck_reason": "h\x1b1: the client used 91.0% of the processor time"}
+    )
+    assert (
+        "! client bottleneck: the client, not the storage, may be the limit "
+        "(h 1: the client used 91.0% of the processor time)"
+    ) in flat(shown(summary_table(summary_of(client=client), metadata=METADATA)))
+
+
+def test_abandoned_loads_and_retries_are_told() -> None:
+    """Each has a note that says what it means; loads that were skipped by rule are no trouble."""
+    requests = summary_of().requests.model_copy(update={"loads_abandoned": 1_200, "loads_skipped": 9})
+    summary = in_window(retries=3).model_copy(update={"requests": requests})
+    lines = shown(summary_table(summary, metadata=METADATA)).splitlines()
+    assert [line for line in lines if line.startswith("! ")] == [
+        "! abandoned loads: 1,200 (they took too long and were computed instead)",
+        "! retries: 3 (storage requests that had to be sent again)",
+    ]
+
+
+def test_reused_objects_have_a_row() -> None:
+    """What an earlier run left is told with its size and the time it took to find; without reuse there is no row."""
+    reuse = Reuse(
+        objects=4_096, bytes=8 * GIB, damaged_objects=0, incomplete_blocks=0, foreign_entries=0, rebuild_s=1.234
+    )
+    text = shown(summary_table(summary_of(reuse=reuse), metadata=METADATA))
+    assert "Reused 4,096 objects (8.00 GiB) of an earlier run, found in 1.23 s" in flat(text)
+    assert "Reused" not in shown(summary_table(summary_of(), metadata=METADATA))
+
+
+def test_unknown_client_cost_is_not_zero() -> None:
+    """A share without processor time and a wait that no kernel tells are `n/a`, which the last line explains."""
+    for name, told in (
+        ("payload_cpu_share", "3.2 s in all, n/a of it for stamps and checks; waited 0.153 s for a processor"),
+        ("cpu_wait_s", "3.2 s in all, 25.0 % of it for stamps and checks; waited n/a for a processor"),
+    ):
+        client = summary_of().client.model_copy(update={name: None})
+        text = shown(summary_table(summary_of(client=client), metadata=METADATA))
+        assert told in flat(text)
+        assert text.splitlines()[-1].startswith("n/a: not measured, or too few samples")
 
 
 @pytest.mark.parametrize("status", [RunStatus.FAILED, RunStatus.INTERRUPTED, RunStatus.RUNNING])
@@ -272,6 +381,7 @@ def test_run_without_a_request_tells_it() -> None:
         0,
         hit_ratio=HitRatio(tokens=none, blocks=none),
         storage=base.storage.model_copy(update={"read_gib_per_s": None, "write_gib_per_s": None}),
+        client=base.client.model_copy(update={"cpu_s": 0.0, "payload_cpu_s": 0.0, "payload_cpu_share": None}),
         slo=Slo(ttft_p95_ms_target=450.0, met=None),
     )
     text = flat(shown(summary_table(summary, metadata=METADATA)))
@@ -289,7 +399,7 @@ def test_table_fits_the_terminal(summary: Summary, width: int) -> None:
     assert len(lines) > 20
     assert max(map(len, lines)) <= min(width, 100)
     for heading in ("read", "write", "TTFT", "of tokens"):
-        rows = [line for line in lines if line.startswith(f"{heading} ")]
+        rows = [line for line in lines if line.startswith(f"{heading}  ")]
         assert len(rows) == 1
         assert not rows[0].endswith("…")
 

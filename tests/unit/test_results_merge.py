@@ -17,6 +17,7 @@ from mlpstorage.results.models import (
     RankResult,
     RankWindow,
     RequestCounts,
+    Reuse,
     StorageCounts,
     Summary,
     TierCounts,
@@ -26,6 +27,8 @@ NO_TIERS = TierCounts(gpu=0, cpu=0, storage=0)
 NO_REQUESTS = RequestCounts(
     completed=0,
     failed=0,
+    loads_skipped=0,
+    loads_abandoned=0,
     prompt_tokens=0,
     output_tokens=0,
     prompt_blocks=0,
@@ -57,15 +60,28 @@ def window(measured_s: float, warmup_s: float = 0, drain_s: float = 0, in_flight
 
 
 def client(cpu_s: float = 0, cores: int = 4, rss_bytes: int = 1, os_bytes: int | None = 0) -> RankClient:
-    """A client that never lagged and asked the system for `os_bytes` each way."""
+    """A client that never lagged or waited, filled no payload and asked the system for `os_bytes` each way."""
     return RankClient(
         cpu_s=cpu_s,
+        payload_cpu_s=0,
+        cpu_wait_s=0,
         cores=cores,
         max_rss_bytes=rss_bytes,
         os_read_bytes=os_bytes,
         os_written_bytes=os_bytes,
         loop_lag=exported(),
     )
+
+
+def costing(cpu_s: float = 0, payload_cpu_s: float = 0, cpu_wait_s: float | None = 0) -> RankClient:
+    """A client of four cores with those costs."""
+    return client(cpu_s).model_copy(update={"payload_cpu_s": payload_cpu_s, "cpu_wait_s": cpu_wait_s})
+
+
+def storage_times(**sums_s: float) -> dict[str, HistogramData]:
+    """Latencies of a rank of which the named ones have one sample each, of so many seconds."""
+    samples = {name: exported([round(sum_s * 1e9)]) for name, sum_s in sums_s.items()}
+    return {name: exported() for name in LATENCIES} | samples
 
 
 IDLE = RankResult(
@@ -81,6 +97,9 @@ IDLE = RankResult(
     storage_total=NO_STORAGE,
     latency={name: exported() for name in LATENCIES},
     client=client(),
+    verify_failures=(),
+    dropped_page_cache_bytes=0,
+    reuse=None,
     host_facts={},
     samples=(),
 )
@@ -114,6 +133,8 @@ BUSY = [
         requests=RequestCounts(
             completed=30,
             failed=1,
+            loads_skipped=5,
+            loads_abandoned=2,
             prompt_tokens=6_000,
             output_tokens=900,
             prompt_blocks=60,
@@ -134,6 +155,8 @@ BUSY = [
         requests=RequestCounts(
             completed=10,
             failed=2,
+            loads_skipped=7,
+            loads_abandoned=1,
             prompt_tokens=2_000,
             output_tokens=100,
             prompt_blocks=20,
@@ -171,6 +194,7 @@ def test_counts_are_added_and_rates_divide_by_the_window() -> None:
     summary = merge(*BUSY)
     requests, storage = summary.requests, summary.storage
     assert (requests.completed, requests.failed) == (40, 3)
+    assert (requests.loads_skipped, requests.loads_abandoned) == (12, 3)
     assert requests.rate_per_s == 4.0
     assert requests.prompt_tokens_per_s == 800.0
     assert requests.cached_tokens_per_s == 400.0
@@ -189,6 +213,52 @@ def test_every_storage_count_is_added() -> None:
     for number, name in enumerate(StorageCounts.model_fields, 1):
         assert getattr(summary.storage, name) == 11 * number
         assert getattr(summary.storage_total, name) == 20 * number
+
+
+def test_page_cache_bytes_are_whole_or_absent() -> None:
+    """Where one rank cannot tell what the page cache held, nor can the run; the other counts stay, and each phase."""
+    known = NO_STORAGE.model_copy(update={"page_cache_bytes": 3 * GIB, "sync_ops": 4, "retries": 1})
+    unknown = known.model_copy(update={"page_cache_bytes": None})
+    summary = merge(rank(0, storage=known, storage_total=known), rank(1, storage=unknown, storage_total=known))
+    assert summary.storage.page_cache_bytes is None
+    assert (summary.storage.sync_ops, summary.storage.retries) == (8, 2)
+    assert summary.storage_total.page_cache_bytes == 6 * GIB
+
+
+def test_dropped_page_cache_is_whole_or_absent() -> None:
+    """Bytes that the page cache forgot are added; where one rank does not know them, the run does not."""
+    assert (
+        merge(*(rank(number, dropped_page_cache_bytes=5 + number) for number in (0, 1))).dropped_page_cache_bytes == 11
+    )
+    ranks = [rank(0, dropped_page_cache_bytes=5), rank(1, dropped_page_cache_bytes=None)]
+    assert merge(*ranks).dropped_page_cache_bytes is None
+
+
+def test_reuse_is_added_and_takes_the_longest_time() -> None:
+    """Ranks search at the same time, so the run waited for the slowest; a rank that reused nothing adds nothing."""
+    first = Reuse(objects=1, bytes=20, damaged_objects=300, incomplete_blocks=4_000, foreign_entries=50, rebuild_s=0.5)
+    second = Reuse(objects=6, bytes=70, damaged_objects=800, incomplete_blocks=9_000, foreign_entries=10, rebuild_s=0.2)
+    assert merge(rank(0, reuse=first), rank(1), rank(2, reuse=second)).reuse == Reuse(
+        objects=7, bytes=90, damaged_objects=1_100, incomplete_blocks=13_000, foreign_entries=60, rebuild_s=0.5
+    )
+
+
+def test_no_reuse_is_none() -> None:
+    """A run without `--reuse-cache` found nothing because it did not look: None, not zeros."""
+    assert merge(*BUSY).reuse is None
+
+
+def test_verify_failures_stand_in_rank_order() -> None:
+    """Messages of the ranks follow each other by rank, whatever order the ranks came in."""
+    ranks = [rank(1, verify_failures=("c",)), rank(2), rank(0, verify_failures=("a", "b"))]
+    assert merge(*ranks).verify_failures == ("a", "b", "c")
+
+
+def test_verify_failures_are_at_most_a_hundred() -> None:
+    """Of 60 messages of each of two ranks, all of the first and 40 of the second are kept."""
+    first, second = (tuple(f"{name}{number}" for number in range(60)) for name in "ab")
+    merged = merge(rank(0, verify_failures=first), rank(1, verify_failures=second)).verify_failures
+    assert merged == first + second[:40]
 
 
 def test_hit_ratio_is_found_over_asked() -> None:
@@ -238,6 +308,8 @@ def test_idle_run_has_no_rates_of_zero() -> None:
     assert summary.hit_ratio.tokens.total is None
     assert summary.hit_ratio.blocks.gpu is None
     assert summary.client.cpu_ms_per_gib is None
+    assert summary.client.payload_cpu_share is None
+    assert summary.client.bottleneck_reason is None
     assert summary.breakeven.ttft_saved_mean_ms is None
     assert summary.slo.met is None
     assert summary.latency["ttft"].p50_ms is None
@@ -267,6 +339,20 @@ def test_client_cost_is_per_gib_moved() -> None:
     assert (merged.os_read_bytes, merged.os_written_bytes) == (60, 60)
 
 
+def test_payload_share_is_that_of_all_processor_time() -> None:
+    """3 s and 1 s of processor time, of which 0.5 s and 0.5 s went into payloads: a quarter, not the mean of ratios."""
+    ranks = [rank(number, client=costing(cpu_s, payload_cpu_s=0.5)) for number, cpu_s in enumerate((3.0, 1.0))]
+    merged = merge(*ranks).client
+    assert (merged.cpu_s, merged.payload_cpu_s, merged.payload_cpu_share) == (4.0, 1.0, 0.25)
+
+
+@pytest.mark.parametrize(("waits_s", "merged"), [((0.25, 0.5), 0.75), ((0.25, None), None), ((0.0, 0.0), 0.0)])
+def test_processor_wait_is_whole_or_absent(waits_s: tuple[float, float | None], merged: float | None) -> None:
+    """Waits of the ranks are added; where one kernel does not tell, the sum is not known."""
+    ranks = [rank(number, client=costing(cpu_wait_s=wait_s)) for number, wait_s in enumerate(waits_s)]
+    assert merge(*ranks).client.cpu_wait_s == merged
+
+
 def test_system_counters_are_whole_or_absent() -> None:
     """Where one rank could not read the system's counters, the sum of the others would pass for the whole."""
     merged = merge(rank(0, client=client(os_bytes=10)), rank(1, client=client(os_bytes=None))).client
@@ -293,6 +379,73 @@ def test_client_is_the_bottleneck_where_a_host_is_full(
     assert merge(*ranks).client.bottleneck is bottleneck
 
 
+def test_full_host_is_named_with_its_figures() -> None:
+    """36.4 s of the 40 s of h2 are 91 %: the reason names that host, its share and its cores."""
+    merged = merge(rank(0, client=client(cpu_s=1.0)), rank(1, host="h2", client=client(cpu_s=36.4))).client
+    assert merged.bottleneck_reason == "h2: the client used 91.0% of the processor time of 4 cores, over 90%"
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "storage_s", "bottleneck"),
+    [
+        # A quarter of 8 s of storage I/O is 2 s, and a tenth of the ten seconds 1 s.
+        (2.0, 8.0, False),
+        (2.01, 8.0, True),
+        # A quarter of 2 s is only 0.5 s: then the tenth of the window decides.
+        (1.0, 2.0, False),
+        (1.01, 2.0, True),
+        # Far over a tenth of the window, but below a quarter of the I/O; and the other way about.
+        (9.9, 40.0, False),
+        (0.9, 1.0, False),
+        # Without any storage I/O there is nothing that the wait could not exceed.
+        (1.01, 0.0, True),
+    ],
+)
+def test_client_is_the_bottleneck_where_its_threads_starve(
+    wait_s: float, storage_s: float, *, bottleneck: bool
+) -> None:
+    """Both bounds have to be exceeded, the share of the I/O time and that of the window."""
+    merged = merge(rank(client=costing(cpu_wait_s=wait_s), latency=storage_times(storage_read=storage_s))).client
+    assert merged.bottleneck is bottleneck
+    assert (merged.bottleneck_reason is not None) is bottleneck
+
+
+def test_starved_host_is_named_with_its_figures() -> None:
+    """On h2 two ranks wait 2.2 s together, over a quarter of the 8 s that their four kinds of I/O took."""
+    first = storage_times(storage_read=1.0, storage_write=2.0)
+    second = storage_times(storage_delete=0.5, storage_sync=4.5) | {"write_behind": exported([90_000_000_000])}
+    merged = merge(
+        rank(0, latency=storage_times(storage_read=9.0)),
+        rank(1, host="h2", client=costing(cpu_wait_s=0.7), latency=first),
+        rank(2, host="h2", client=costing(cpu_wait_s=1.5), latency=second),
+    ).client
+    assert merged.bottleneck_reason == (
+        "h2: the client's threads waited 2.2 s for a processor, over 25% of the 8.0 s that count as storage I/O"
+    )
+
+
+def test_waits_on_different_hosts_are_not_added() -> None:
+    """Each of two hosts is below the tenth of the window: that both together are over it says nothing."""
+    ranks = [rank(number, host=f"h{number}", client=costing(cpu_wait_s=0.9)) for number in (0, 1)]
+    assert merge(*ranks).client.bottleneck is False
+    assert merge(*(one.model_copy(update={"host": "h1"}) for one in ranks)).client.bottleneck is True
+
+
+def test_unknown_wait_is_not_a_wait_of_zero() -> None:
+    """A rank that cannot tell its wait counts on neither side: 3 s of waiting are held against the other's 8 s alone.
+
+    As a wait of 0 it would bring its own 40 s of I/O, of which 3 s are no quarter. Where no rank can tell, none is
+    blamed.
+    """
+    silent = rank(1, client=costing(cpu_wait_s=None), latency=storage_times(storage_read=40.0))
+    merged = merge(rank(0, client=costing(cpu_wait_s=3.0), latency=storage_times(storage_read=8.0)), silent).client
+    assert merged.cpu_wait_s is None
+    assert merged.bottleneck_reason == (
+        "h1: the client's threads waited 3.0 s for a processor, over 25% of the 8.0 s that count as storage I/O"
+    )
+    assert merge(silent).client.bottleneck is False
+
+
 @pytest.mark.parametrize(("late", "bottleneck"), [(15, False), (40, True)])
 def test_client_is_the_bottleneck_where_its_loops_lag(late: int, *, bottleneck: bool) -> None:
     """Of 2,000 lags of both ranks, 15 late ones are under one in a hundred, 40 are over it: then p99 is 30 ms."""
@@ -301,6 +454,16 @@ def test_client_is_the_bottleneck_where_its_loops_lag(late: int, *, bottleneck: 
     merged = merge(rank(0, client=lagging), rank(1, client=steady)).client
     assert merged.bottleneck is bottleneck
     assert merged.loop_lag_p99_ms == pytest.approx(30.0 if bottleneck else 1.0, rel=0.008)
+
+
+@pytest.mark.parametrize(
+    ("lag_ns", "reason"),
+    [(20_000_000, None), (20_500_000, "the event loop was 20.5 ms late at p99, over 20 ms")],
+)
+def test_late_loop_is_told_above_twenty_milliseconds(lag_ns: int, reason: str | None) -> None:
+    """All lags have one value, hence p99 is exact: 20 ms is no bottleneck, 20.5 ms is one, and the reason tells it."""
+    lagging = client().model_copy(update={"loop_lag": exported([lag_ns] * 1_000)})
+    assert merge(rank(client=lagging)).client.bottleneck_reason == reason
 
 
 def test_break_even_is_prefill_speed_times_bytes() -> None:

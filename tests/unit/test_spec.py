@@ -1,5 +1,6 @@
 """The KV-cache spec: where values come from, what is refused and by what name, and the ranks' own command line."""
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -7,11 +8,29 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mlpstorage.config import KVCACHE_MODELS, GenerationMode, PerformanceProfile, TouchOrder
+from mlpstorage.cli.parser import build_parser
+from mlpstorage.config import (
+    KVCACHE_MODELS,
+    DirectMode,
+    Eviction,
+    GenerationMode,
+    IoEngineName,
+    IoPriority,
+    Layout,
+    PerformanceProfile,
+    StorePolicy,
+    TouchOrder,
+    Verify,
+    WriteOverflow,
+    WriteSync,
+)
 from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError, UsageError
 from mlpstorage.kvcache.rank import parse_arguments
+from mlpstorage.plan.kvcache import with_settled_io
 from mlpstorage.spec.fields import Resolved, flag_of, resolve
-from mlpstorage.spec.kvcache import KVCacheSpec, rank_arguments
+from mlpstorage.spec.kvcache import KVCacheSpec, flag_words, rank_arguments
+from mlpstorage.spec.load_timeout import LoadTimeout
+from mlpstorage.storage.location import S3Location
 
 
 def resolved(
@@ -78,6 +97,14 @@ def test_the_process_environment_is_read_where_none_is_given(monkeypatch: pytest
         ("CPU_MEM_GB", "1.5", "cpu_mem_gb", 1.5),
         ("TOUCH", "head", "touch", TouchOrder.HEAD),
         ("CACHE_DIR", "/mnt/a b", "cache_dir", Path("/mnt/a b")),
+        ("CACHE_DIR", "s3://bucket/a/b", "cache_dir", S3Location("bucket", "a/b")),
+        ("LAYOUT", "slab", "layout", Layout.SLAB),
+        ("FILE_LEVELS", "3,2", "file_levels", (3, 2)),
+        ("FILE_LEVELS", "flat", "file_levels", ()),
+        ("LOAD_TIMEOUT", "4", "load_timeout", LoadTimeout(base_s=4.0, per_1024_tokens_s=0.0, most_s=4.0)),
+        ("LOAD_TIMEOUT", "none", "load_timeout", None),
+        ("WRITE_QUEUE_S", "2.5", "write_queue_s", 2.5),
+        ("KEEP_CACHE", "true", "keep_cache", True),
     ],
 )
 def test_the_environment_gives_text(variable: str, text: str, name: str, value: object) -> None:
@@ -147,6 +174,44 @@ def test_a_config_file_that_cannot_be_had_is_named(tmp_path: Path) -> None:
         ("num_processes", "0", "--num-processes"),
         ("label", "disk", "--label"),
         ("prefill_tokens_per_s", "0", "--prefill-tokens-per-s"),
+        ("cache_dir", "s3://b", "--cache-dir"),
+        ("cache_dir", "s3://bucket/a//b", "--cache-dir"),
+        ("profile", "vllm", "--profile"),
+        ("layout", "tree", "--layout"),
+        ("tensor_parallel", "0", "--tensor-parallel"),
+        ("io_engine", "aio", "--io-engine"),
+        ("io_depth", "0", "--io-depth"),
+        ("io_depth", "1025", "--io-depth"),
+        ("io_priority", "high", "--io-priority"),
+        ("direct", "maybe", "--direct"),
+        ("write_sync", "always", "--write-sync"),
+        ("verify", "some", "--verify"),
+        ("file_levels", "1,x", "--file-levels"),
+        ("file_levels", "1,5", "--file-levels"),
+        ("file_levels", "0", "--file-levels"),
+        ("file_levels", "1,1,1,1,1", "--file-levels"),
+        ("object_part_mib", "4", "--object-part-mib"),
+        ("io_limit_s", "0", "--io-limit-s"),
+        ("store_policy", "never", "--store-policy"),
+        ("eviction", "fifo", "--eviction"),
+        ("evict_above", "0", "--evict-above"),
+        ("evict_above", "1.1", "--evict-above"),
+        ("evict_to", "-0.1", "--evict-to"),
+        ("write_overflow", "none", "--write-overflow"),
+        ("write_queue_gib", "0", "--write-queue-gib"),
+        ("write_queue_gib", "none", "--write-queue-gib"),
+        ("write_queue_s", "0", "--write-queue-s"),
+        ("write_queue_s", "soon", "--write-queue-s"),
+        ("write_batch", "0", "--write-batch"),
+        ("write_interval_s", "-1", "--write-interval-s"),
+        ("load_batch", "-1", "--load-batch"),
+        ("min_load_tokens", "-1", "--min-load-tokens"),
+        ("load_timeout", "soon", "--load-timeout"),
+        ("load_timeout", "1:2", "--load-timeout"),
+        ("load_timeout", "2:-1:30", "--load-timeout"),
+        ("load_timeout", "30:1:2", "--load-timeout"),
+        ("load_timeout", "0", "--load-timeout"),
+        ("load_timeout", "inf", "--load-timeout"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_the_name_it_came_under(
@@ -176,12 +241,133 @@ def test_a_value_out_of_range_is_refused_by_the_name_it_came_under(
         ({"max_requests": 5}, "--max-requests"),
         ({"time_scale": 0.5}, "--time-scale"),
         ({"trace": "t.jsonl", "disable_multi_turn": True}, "--disable-multi-turn"),
+        ({"layout": "object"}, "--layout object: needs --cache-dir s3://"),
+        ({"layout": "object", "cache_dir": "/mnt/kv"}, "--layout object: needs --cache-dir s3://"),
+        ({"layout": "file", "cache_dir": "s3://bucket/kv"}, "--layout file: s3://bucket/kv can hold layout object"),
+        ({"layout": "null", "cache_dir": "s3://bucket/kv"}, "--layout null: s3://bucket/kv"),
+        ({"layout": "null", "verify": "stamp"}, "--verify stamp: layout null"),
+        ({"layout": "null", "verify": "full"}, "--verify full: layout null"),
+        ({"layout": "null", "direct": "always"}, "--direct always: layout null"),
+        ({"cache_dir": "s3://bucket/kv", "direct": "always"}, "--direct always: layout object"),
+        ({"cache_dir": "s3://bucket/kv", "io_engine": "uring"}, "--io-engine uring: layout object"),
+        ({"reuse_cache": True}, "--reuse-cache: needs --cache-dir"),
+        ({"reuse_cache": True, "layout": "null", "cache_dir": "/mnt/kv"}, "--reuse-cache: layout null"),
+        ({"keep_cache": True, "layout": "null"}, "--keep-cache: layout null"),
+        ({"model": "tiny-1b", "tensor_parallel": 3}, "--tensor-parallel 3: tiny-1b has 4 KV heads"),
+        ({"model": "llama3.1-8b", "tensor_parallel": 12}, "--tensor-parallel 12: llama3.1-8b has 8 KV heads"),
+        ({"io_depth": 8, "io_threads": 4}, "--io-threads 4 and --io-depth 8: .*one thread drives one object"),
+        ({"io_engine": "uring", "io_threads": 2}, "--io-threads 2: .*uring one thread"),
+        ({"evict_above": 0.5, "evict_to": 0.8}, "--evict-to 0.8: is above --evict-above 0.5"),
+        ({"cache_dir": Path("s3://bucket/kv")}, "--cache-dir: .*give it as text"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(flags: dict[str, object], flag: str) -> None:
-    """What belongs to a trace needs one, and the other way round."""
+    """What belongs to a trace needs one, what an object store or no storage cannot do is not asked of it, and so on."""
     with pytest.raises(UsageError, match=flag):
         resolved(flags=flags)
+
+
+def test_null_in_a_config_file_may_be_a_layout_or_nothing(tmp_path: Path) -> None:
+    """YAML reads `null` as no value at all: for the layout of that name it is refused, and the way out is named."""
+    path = tmp_path / "c.yaml"
+    path.write_text("layout: null\n")
+    with pytest.raises(ConfigurationError, match=r"layout \(--layout\): .*quotes"):
+        resolved(file=path)
+    path.write_text("layout: 'null'\nload_timeout: null\n")
+    assert resolved(file=path).spec.store_layout is Layout.NULL
+
+
+# Values that follow from others
+
+
+@pytest.mark.parametrize(
+    ("flags", "layout"),
+    [
+        ({}, Layout.FILE),
+        ({"cache_dir": "/mnt/kv"}, Layout.FILE),
+        ({"cache_dir": "s3://bucket"}, Layout.OBJECT),
+        ({"cache_dir": "s3://bucket/kv", "layout": "object"}, Layout.OBJECT),
+        ({"layout": "bucket"}, Layout.BUCKET),
+    ],
+)
+def test_the_layout_follows_from_the_place(flags: dict[str, object], layout: Layout) -> None:
+    """Files in a directory, objects in a bucket, unless it is given."""
+    assert resolved(flags=flags).spec.store_layout is layout
+
+
+@pytest.mark.parametrize(
+    ("flags", "depth", "threads"),
+    [
+        ({}, 8, 8),
+        ({"io_depth": 3}, 3, 3),
+        ({"io_threads": 5}, 5, 5),
+        ({"io_depth": 6, "io_threads": 6}, 6, 6),
+        ({"io_engine": "uring"}, 8, 1),
+        ({"io_engine": "uring", "io_depth": 32}, 32, 1),
+        ({"io_engine": "uring", "io_threads": 1}, 8, 1),
+    ],
+)
+def test_objects_in_flight_and_threads(flags: dict[str, object], depth: int, threads: int) -> None:
+    """One thread an object with the engine of threads, one for all with io_uring."""
+    spec = resolved(flags=flags).spec
+    assert (spec.depth, spec.threads) == (depth, threads)
+
+
+def test_what_is_not_stored_is_not_verified() -> None:
+    """Layout null turns the default check off, and says that it was worked out."""
+    found = resolved(flags={"layout": "null"})
+    assert (found.spec.verify, found.sources["verify"]) == (Verify.OFF, "auto")
+    assert resolved(flags={"layout": "null", "verify": "off"}).sources["verify"] == "flag"
+    plain = resolved()
+    assert (plain.spec.verify, plain.sources["verify"]) == (Verify.STAMP, "default")
+
+
+def test_an_eviction_ends_where_it_begins_unless_it_is_told() -> None:
+    """`--evict-above` alone evicts no more than must go."""
+    found = resolved(flags={"evict_above": "0.9"})
+    assert (found.spec.evict_above, found.spec.evict_to, found.sources["evict_to"]) == (0.9, 0.9, "auto")
+    assert resolved(flags={"evict_above": 0.9, "evict_to": 0.8}).spec.evict_to == 0.8
+    assert resolved(flags={"evict_to": 0.8}).spec.evict_above == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "limit_s"),
+    [
+        ("2:0.1:30", 0, 2.0),
+        ("2:0.1:30", 1024, 2.1),
+        ("2:0.1:30", 10_240, 3.0),
+        ("2:0.1:30", 512, 2.05),
+        # 286,720 tokens are 280 x 1,024: 2 + 28; what is more waits no longer.
+        ("2:0.1:30", 286_720, 30.0),
+        ("2:0.1:30", 1_000_000, 30.0),
+        ("5", 1_000_000, 5.0),
+        (5, 0, 5.0),
+        (0.5, 0, 0.5),
+    ],
+)
+def test_how_long_a_load_may_take(text: object, tokens: int, limit_s: float) -> None:
+    """A base, more for each 1,024 tokens, and a most; or one number for any load."""
+    timeout = resolved(flags={"load_timeout": text}).spec.load_timeout
+    assert timeout is not None
+    assert timeout.limit_s(tokens) == pytest.approx(limit_s)
+
+
+def test_heads_that_are_kept_twice_count_twice() -> None:
+    """8 heads on 16 ranks: 2 x 131,072 bytes a token; on 8, and for latent attention, those of the model."""
+    assert KVCacheSpec(tensor_parallel=16).bytes_per_token == 262_144
+    assert KVCacheSpec(tensor_parallel=8).bytes_per_token == 131_072
+    assert KVCacheSpec(model="deepseek-v3", tensor_parallel=16).bytes_per_token == 70_272
+
+
+def test_parameters_are_json() -> None:
+    """Places, levels and limits are what one would type, or lists of it."""
+    flags: dict[str, object] = {"cache_dir": "s3://bucket/kv", "load_timeout": "2:0.1:30", "file_levels": "3,2"}
+    parameters = resolved(flags=flags).spec.parameters()
+    assert json.loads(json.dumps(parameters)) == parameters
+    assert parameters["cache_dir"] == "s3://bucket/kv"
+    assert parameters["load_timeout"] == "2:0.1:30"
+    assert parameters["file_levels"] == [3, 2]
+    assert parameters["layout"] is None
 
 
 # Forms
@@ -252,44 +438,144 @@ def none_or(values: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
     return st.none() | values
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
-@given(
-    values=st.fixed_dictionaries(
-        {},
-        optional={
-            "model": st.sampled_from(KVCACHE_MODELS),
-            "num_users": st.integers(1, 1_000_000),
-            "trace": none_or(PATHS),
-            "time_scale": POSITIVE,
-            "max_requests": none_or(st.integers(1, 1 << 60)),
-            "block_tokens": st.integers(1, 1 << 20),
-            "disable_multi_turn": st.booleans(),
-            "disable_prefix_caching": st.booleans(),
-            "seed": st.integers(0, (1 << 63) - 1),
-            "duration": POSITIVE,
-            "warmup": none_or(st.just(0.0) | POSITIVE),
-            "gpu_mem_gb": st.just(0.0) | POSITIVE,
-            "cpu_mem_gb": none_or(st.just(0.0) | POSITIVE),
-            "storage_gb": none_or(POSITIVE),
-            "cache_dir": none_or(PATHS),
-            "touch": st.sampled_from(TouchOrder),
-            "generation_mode": st.sampled_from(GenerationMode),
-            "prefill_tokens_per_s": POSITIVE,
-            "decode_tokens_per_s": POSITIVE,
-            "performance_profile": st.sampled_from(PerformanceProfile),
-            "io_threads": st.integers(1, 1024),
-        },
-    )
+LOCATIONS = st.builds(
+    S3Location, st.from_regex(r"[a-z][a-z0-9-]{1,20}[a-z0-9]", fullmatch=True), st.sampled_from(["", "a", "a/b.c/d_e"])
 )
-def test_a_ranks_command_line_gives_the_spec_back(values: dict[str, object]) -> None:
+PLACES = st.one_of(
+    st.fixed_dictionaries(
+        {"cache_dir": PATHS},
+        optional={
+            "layout": st.sampled_from([Layout.FILE, Layout.SLAB, Layout.BUCKET]),
+            "direct": st.sampled_from(DirectMode),
+            "verify": st.sampled_from(Verify),
+            "reuse_cache": st.booleans(),
+            "keep_cache": st.booleans(),
+        },
+    ),
+    st.fixed_dictionaries(
+        {"cache_dir": LOCATIONS},
+        optional={
+            "layout": st.just(Layout.OBJECT),
+            "direct": st.sampled_from([DirectMode.AUTO, DirectMode.NEVER]),
+            "verify": st.sampled_from(Verify),
+            "reuse_cache": st.booleans(),
+            "keep_cache": st.booleans(),
+        },
+    ),
+    st.fixed_dictionaries({"cache_dir": none_or(PATHS), "layout": st.just(Layout.NULL)}),
+)
+"""Where the objects go, and what fits there."""
+
+DRIVES = st.one_of(
+    st.fixed_dictionaries({}, optional={"io_depth": none_or(st.integers(1, 1024))}),
+    st.fixed_dictionaries({"io_threads": none_or(st.integers(1, 1024))}),
+    st.integers(1, 1024).map(lambda number: {"io_depth": number, "io_threads": number}),
+    st.fixed_dictionaries({"io_engine": st.just(IoEngineName.THREADS)}),
+)
+"""What moves them; io_uring goes with files only."""
+
+TIMEOUTS = st.tuples(POSITIVE, st.just(0.0) | POSITIVE, st.just(0.0) | POSITIVE).map(
+    lambda three: LoadTimeout(base_s=three[0], per_1024_tokens_s=three[1], most_s=three[0] + three[2])
+)
+PARTS = st.floats(min_value=0, max_value=1, exclude_min=True)
+OTHERS: dict[str, st.SearchStrategy[object]] = {
+    "model": st.sampled_from(KVCACHE_MODELS),
+    "num_users": st.integers(1, 1_000_000),
+    "trace": none_or(PATHS),
+    "time_scale": POSITIVE,
+    "max_requests": none_or(st.integers(1, 1 << 60)),
+    "block_tokens": st.integers(1, 1 << 20),
+    "disable_multi_turn": st.booleans(),
+    "disable_prefix_caching": st.booleans(),
+    "seed": st.integers(0, (1 << 63) - 1),
+    "duration": POSITIVE,
+    "warmup": none_or(st.just(0.0) | POSITIVE),
+    "gpu_mem_gb": st.just(0.0) | POSITIVE,
+    "cpu_mem_gb": none_or(st.just(0.0) | POSITIVE),
+    "storage_gb": none_or(POSITIVE),
+    "touch": st.sampled_from(TouchOrder),
+    "generation_mode": st.sampled_from(GenerationMode),
+    "prefill_tokens_per_s": POSITIVE,
+    "decode_tokens_per_s": POSITIVE,
+    "performance_profile": st.sampled_from(PerformanceProfile),
+    # Divide the heads of every model, or are a multiple of them.
+    "tensor_parallel": st.sampled_from([1, 2, 4, 64, 1024]),
+    "io_priority": st.sampled_from(IoPriority),
+    "write_sync": st.sampled_from(WriteSync),
+    "file_levels": st.lists(st.integers(1, 4), max_size=4).map(tuple),
+    "object_part_mib": st.integers(5, 5 * 1024),
+    "io_limit_s": POSITIVE,
+    "store_policy": st.sampled_from(StorePolicy),
+    "eviction": st.sampled_from(Eviction),
+    "evict_above": PARTS,
+    "evict_to": PARTS,
+    "write_overflow": st.sampled_from(WriteOverflow),
+    "write_queue_gib": POSITIVE,
+    "write_queue_s": none_or(POSITIVE),
+    "write_batch": st.integers(1, 1 << 20),
+    "write_interval_s": st.just(0.0) | POSITIVE,
+    "load_batch": st.integers(0, 1 << 20),
+    "min_load_tokens": st.integers(0, 1 << 40),
+    "load_timeout": none_or(TIMEOUTS),
+}
+
+
+def test_the_values_tried_are_of_every_field_that_a_rank_hears() -> None:
+    """A new field must join the next test."""
+    apart = {"cache_dir", "layout", "direct", "verify", "reuse_cache", "keep_cache"}
+    apart |= {"io_engine", "io_depth", "io_threads"}
+    assert {*OTHERS, *apart} == {name for name, option in KVCacheSpec.options().items() if option.rank}
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(others=st.fixed_dictionaries({}, optional=OTHERS), place=PLACES, drive=DRIVES, rings=st.booleans())
+def test_a_ranks_command_line_gives_the_spec_back(
+    others: dict[str, object], place: dict[str, object], drive: dict[str, object], *, rings: bool
+) -> None:
     """Whatever the values, to the last bit of a float and with any path."""
+    values = others | place | drive
     if values.get("trace") is None:
         assume("max_requests" not in values or values["max_requests"] is None)
         values.pop("time_scale", None)
     else:
         values.pop("disable_multi_turn", None)
+    if rings and isinstance(values["cache_dir"], Path) and values.get("layout") is not Layout.NULL:
+        values.pop("io_threads", None)
+        values["io_engine"] = IoEngineName.URING
+    above, to = values.get("evict_above", 1.0), values.get("evict_to", 0.0)
+    assert isinstance(above, float)
+    assert isinstance(to, float)
+    if to > above:
+        values["evict_above"], values["evict_to"] = to, above
     spec = KVCacheSpec.model_validate(values)
     assert parse_arguments([*rank_arguments(spec), "--run-id", "r 1"]) == (spec, "r 1")
+    # As the launcher sends it.
+    settled = with_settled_io(spec)
+    assert parse_arguments([*rank_arguments(settled), "--run-id", "r 1"]) == (settled, "r 1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"mpi_params": [["--mca a b"], ["x"]]}, ["--mpi-params=--mca a b", "--mpi-params=x"]),
+        ({"label": {"disk": "nvme 0"}}, ["--label", "disk=nvme 0"]),
+        ({"hosts": ["a", "b"]}, ["--hosts", "a", "b"]),
+        ({"file_levels": "3,2"}, ["--file-levels", "3,2"]),
+        ({"file_levels": []}, ["--file-levels", "flat"]),
+        ({"load_timeout": 2.5}, ["--load-timeout", "2.5:0:2.5"]),
+        ({"profile": "vllm-fs"}, ["--profile", "vllm-fs"]),
+        ({"keep_cache": True}, ["--keep-cache"]),
+        ({"keep_cache": False}, []),
+        ({"storage_gb": None}, []),
+    ],
+)
+def test_words_of_a_field(flags: dict[str, object], words: list[str]) -> None:
+    """What one would type to give a field the value that it has; the product's parser reads it back."""
+    ((name, _),) = flags.items()
+    spec = resolved(flags=flags).spec
+    assert flag_words(spec, name) == words
+    args = build_parser(["kvcache"]).parse_args(["kvcache", "run", *words])
+    assert getattr(resolve(KVCacheSpec, args, environment={}).spec, name) == getattr(spec, name)
 
 
 def test_a_rank_hears_only_what_concerns_it(monkeypatch: pytest.MonkeyPatch) -> None:

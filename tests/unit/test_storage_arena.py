@@ -54,6 +54,25 @@ def test_slots_do_not_overlap() -> None:
         assert bytes(arena.view(slot)) == bytes([slot + 1]) * 1_124_352
 
 
+def test_parts_of_a_slot_lie_one_after_the_other() -> None:
+    """Equal parts of a slot cover it; the first begins where the slot does."""
+    arena = DramArena(3, 4 * 8192)
+    for slot in range(3):
+        for part in range(4):
+            view = arena.view(slot, part, 4)
+            assert view.nbytes == 8192
+            view[:] = bytes([10 * slot + part]) * 8192
+    for slot in range(3):
+        assert bytes(arena.view(slot)) == b"".join(bytes([10 * slot + part]) * 8192 for part in range(4))
+
+
+@pytest.mark.parametrize("slot", [-1, 3])
+def test_there_are_no_other_slots(slot: int) -> None:
+    """A slot that is not there is an error, not some other memory."""
+    with pytest.raises(IndexError, match=f"no slot {slot} "):
+        DramArena(3, 4096).view(slot)
+
+
 def test_memory_is_taken_as_it_is_used() -> None:
     """A gigabyte of slots costs nothing until written, then what was written, and nothing once closed."""
     before = resident_bytes()

@@ -1,0 +1,54 @@
+"""Processor time of this process, and how long it had to wait for processors."""
+
+import resource
+from pathlib import Path
+
+from mlpstorage.measure.clock import NS
+
+
+def cpu_s() -> float:
+    """Seconds of processor time, user and system, that this process has used."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def thread_waits_ns(tasks: Path = Path("/proc/self/task")) -> dict[int, int] | None:
+    """How long each thread of this process has been ready to run and waited for a processor, by thread id.
+
+    That is the second field of the kernel's `schedstat`, in nanoseconds. None where the kernel keeps none: the file is
+    missing, or all its fields are 0, also for a thread that has run.
+    """
+    waits_ns: dict[int, int] = {}
+    ran_ns = 0
+    try:
+        for task in tasks.iterdir():
+            fields = _schedstat(task)
+            if fields is not None:
+                ran_ns += fields[0]
+                waits_ns[int(task.name)] = fields[1]
+    except OSError:
+        return None
+    return waits_ns if ran_ns else None
+
+
+def waited_s(before: dict[int, int] | None, after: dict[int, int] | None) -> float | None:
+    """Seconds that threads waited between two calls of `thread_waits_ns`; None where either is.
+
+    Threads that ended between them are left out.
+    """
+    if before is None or after is None:
+        return None
+    return sum(wait_ns - before.get(thread, 0) for thread, wait_ns in after.items()) / NS
+
+
+def _schedstat(task: Path) -> tuple[int, int] | None:
+    """Nanoseconds that a thread has run, and waited; None where it has ended meanwhile."""
+    try:
+        fields = (task / "schedstat").read_text(encoding="ascii").split()
+    except ProcessLookupError:
+        return None
+    except FileNotFoundError:
+        if task.exists():
+            raise
+        return None
+    return int(fields[0]), int(fields[1])

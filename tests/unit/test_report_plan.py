@@ -1,0 +1,108 @@
+"""The text of `--what-if` and of `datasize`: what a storage engineer would ask of a plan stands in it."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from mlpstorage.plan.datasize import data_sizes
+from mlpstorage.plan.kvcache import layout, sizes
+from mlpstorage.report.plan import data_sizes_text, plan_text
+from mlpstorage.spec.fields import resolve
+from mlpstorage.spec.kvcache import KVCacheSpec
+from mlpstorage.storage.location import S3Location
+
+
+def rows(**flags: object) -> dict[str, str]:
+    """The rows of the plan of a spec with those flags by their names; those of the parameters as `=name`."""
+    found = resolve(KVCacheSpec, Namespace(**flags), environment={})
+    text = plan_text(
+        found.spec,
+        found.sources,
+        sizes(found.spec, found.spec.block_tokens),
+        layout(found.spec, lambda _: True),
+        result_dir=Path("/results"),
+        cache_dir=found.spec.cache_dir or Path("/results/cache"),
+        command="the command",
+        refusal=None,
+    )
+    plan, _, parameters = text.partition("Parameters:")
+    found_rows = {}
+    for part, prefix in ((plan, ""), (parameters, "=")):
+        for line in part.splitlines():
+            name, separator, rest = line.strip().partition("  ")
+            if line.startswith("  ") and separator:
+                found_rows[prefix + name] = rest.strip()
+    return found_rows
+
+
+def test_a_plain_plan_names_what_moves_the_bytes() -> None:
+    """Layout, objects in flight, direct I/O, syncs and checks; nothing of profiles and policies."""
+    shown = rows()
+    assert shown["layout"] == "file, hash directories 1,1"
+    assert shown["I/O"] == (
+        "threads, 8 objects in flight, 8 threads, priority split, direct auto, write sync none, verify stamp"
+    )
+    assert shown["blocks"].startswith("256 tokens, 32.00 MiB each")
+    assert (shown["objects"], shown["profile"], shown["policies"]) == ("one a block", "none", "the default ones")
+    assert shown["cache files"] == "/results/cache"
+
+
+def test_a_profiles_plan_names_what_it_sets() -> None:
+    """And how its policies differ from the default ones; values have their source."""
+    shown = rows(profile="mooncake-bucket", io_depth=4)
+    assert shown["profile"].startswith("mooncake-bucket: block_tokens, layout, direct, ")
+    assert shown["layout"] == "bucket"
+    assert "direct always" in shown["I/O"]
+    assert "4 objects in flight" in shown["I/O"]
+    assert shown["policies"] == "evict-above 0.9, evict-to 0.8, write-queue-gib 1024, write-interval-s 10"
+    assert shown["=evict_above"] == "0.9  (profile)"
+    assert shown["=io_depth"] == "4  (flag)"
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "text"),
+    [
+        ({"profile": "lmcache-disk"}, "layout", "file, hash directories flat"),
+        ({"profile": "lmcache-disk"}, "=file_levels", "flat  (profile)"),
+        ({"profile": "sglang-file"}, "policies", "load-batch 128, min-load-tokens 256, load-timeout 2:0.1:30"),
+        ({"tensor_parallel": 4}, "objects", "4 a block, 8.00 MiB each (tensor parallel 4)"),
+        (
+            {"model": "deepseek-v3", "tensor_parallel": 8},
+            "objects",
+            "one a block (tensor parallel 8, MLA is kept once)",
+        ),
+        ({"layout": "null"}, "layout", "null: nothing is stored, the client is measured"),
+        ({"layout": "null"}, "cache files", "none"),
+        ({"layout": "null"}, "=verify", "off  (auto)"),
+        (
+            {"io_engine": "uring", "layout": "slab", "write_sync": "batch", "verify": "full", "direct": "always"},
+            "I/O",
+            "uring, 8 objects in flight, 1 thread, direct always, write sync batch, verify full",
+        ),
+        ({"cache_dir": "/c", "reuse_cache": True, "keep_cache": True}, "policies", "reuses the cache, keeps it"),
+    ],
+)
+def test_rows_of_a_plan(flags: dict[str, object], name: str, text: str) -> None:
+    """Each says what would be done, and no more than applies to the layout and the engine."""
+    assert rows(**flags)[name] == text
+
+
+def test_a_plan_for_an_object_store_contacts_nobody() -> None:
+    """Without credentials or an endpoint its text is there, with bucket, parts and the limit of an operation."""
+    shown = rows(cache_dir="s3://bucket/kv", io_limit_s=5, object_part_mib=8, storage_gb=10)
+    assert shown["cache files"] == str(S3Location("bucket", "kv")) == "s3://bucket/kv"
+    assert shown["layout"] == "object, parts of 8 MiB, 5 s an operation at most"
+    assert shown["I/O"] == "threads, 8 objects in flight, 8 threads, priority split, verify stamp"
+
+
+def test_sizes_name_what_they_are_of() -> None:
+    """Profile and tensor parallelism stand beside the model where there are any; objects are counted."""
+    plain = data_sizes_text(data_sizes(KVCacheSpec()))
+    assert plain.startswith("llama3.1-8b, 100 users, sizes of one rank:\n")
+    assert "1 a block, 33,554,432 bytes each" in plain
+    spec = resolve(KVCacheSpec, Namespace(profile="hf3fs-slab", tensor_parallel=8), environment={}).spec
+    split = data_sizes_text(data_sizes(spec))
+    assert split.startswith("llama3.1-8b, profile hf3fs-slab, tensor parallel 8, 100 users, ")
+    assert "64 tokens, 8,388,608 bytes" in split
+    assert "8 a block, 1,048,576 bytes each" in split
