@@ -32,6 +32,8 @@ from mlpstorage.storage.payload import Payload, PayloadBuffer, VerifyError, Writ
 from mlpstorage.storage.pool import IoPool
 
 KEYS = ObjectKeys("bench|0|full")
+_SPARE_ID = (1 << 63) - 1
+"""An object that is neither read nor written: what a payload knows of it makes no read wrong."""
 _BATCHES = 4
 """Batches under way at any time, so that threads do not wait for the slowest operation of one."""
 
@@ -65,9 +67,9 @@ class UsedPayload(Payload):
         memory = buffer.to_read().memory
         memory[:] = bytes(memory.nbytes)
         with contextlib.suppress(VerifyError):
-            buffer.check(0)
+            buffer.check(_SPARE_ID)
         for _ in range(max(1, written_parts(self.stored_bytes, self.buffers))):
-            buffer.to_write(0)
+            buffer.to_write(_SPARE_ID)
         return buffer
 
 
