@@ -12,6 +12,9 @@ PAGE_BYTES = 4096
 KVCACHE_MODELS: tuple[str, ...] = tuple(MODELS)
 """Models that the KV-cache benchmark can play."""
 
+WORKLOADS: tuple[str, ...] = ("chat", "coding-agent", "document-qa", "rag", "batch")
+"""Profiles of synthetic users, by name; `mlpstorage.kvcache.synthetic.PROFILES` has their shapes."""
+
 
 class BENCHMARK_TYPES(enum.StrEnum):  # noqa: N801 - the name is part of the published interface
     """Benchmarks of the suite; the value names the first directory below the results directory."""

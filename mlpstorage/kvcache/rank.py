@@ -36,7 +36,7 @@ from mlpstorage.kvcache.play import DRAIN_LIMIT_S, Ending, Played, Stop, Timing,
 from mlpstorage.kvcache.process import Signals, die_with_parent, in_daemon
 from mlpstorage.kvcache.ranks import Ranks, find_ranks
 from mlpstorage.kvcache.recorder import counts
-from mlpstorage.kvcache.sessions import CHAT
+from mlpstorage.kvcache.synthetic import Mix
 from mlpstorage.kvcache.threaded_io import ThreadedIO
 from mlpstorage.kvcache.workload import Workload, session_workload, trace_workload
 from mlpstorage.measure.clock import NS, MonotonicClock
@@ -205,7 +205,7 @@ def build_workload(spec: KVCacheSpec, rank: int, ranks: int) -> Workload:
             ranks=ranks,
         )
     return session_workload(
-        CHAT, spec.num_users, spec.seed + rank, spec.block_tokens, multi_turn=not spec.disable_multi_turn
+        Mix(), spec.num_users, spec.seed + rank, spec.block_tokens, multi_turn=not spec.disable_multi_turn
     )
 
 

@@ -12,6 +12,7 @@ class Request:
         think_s: Closed loop: pause between the user's last answer and this request, in real seconds that no
             generation mode has shortened yet; 0.0 in an open loop.
         user: Number of the user within the rank; in a trace without users, number of the request within the trace.
+        session: Number of the session within the user, from 0; 0 in a trace without sessions.
         turn: Number of the request within its session, from 0.
         prompt_tokens: Length of the whole prompt, earlier turns included.
         output_tokens: Length of the answer.
@@ -22,6 +23,7 @@ class Request:
     arrival_s: float | None
     think_s: float
     user: int
+    session: int
     turn: int
     prompt_tokens: int
     output_tokens: int

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mlpstorage.errors import ConfigurationError
 from mlpstorage.kvcache.request import Request
-from mlpstorage.kvcache.sessions import ChatProfile, user_requests
+from mlpstorage.kvcache.synthetic import Mix, user_requests
 from mlpstorage.kvcache.traces import (
     MOONCAKE_BLOCK_TOKENS,
     effective_block_tokens,
@@ -22,7 +22,7 @@ from mlpstorage.kvcache.traces import (
 _DIGESTED_REQUESTS = 4
 """Requests of each endless user stream that enter the digest."""
 
-_HEAD = struct.Struct("<ddqqqqq")
+_HEAD = struct.Struct("<ddqqqqqq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,23 +98,21 @@ def trace_workload(
     return OpenLoop(requests=requests, block_tokens=played_tokens, digest=digest)
 
 
-def session_workload(
-    profile: ChatProfile, num_users: int, seed: int, block_tokens: int, *, multi_turn: bool = True
-) -> ClosedLoop:
+def session_workload(mix: Mix, num_users: int, seed: int, block_tokens: int, *, multi_turn: bool = True) -> ClosedLoop:
     """Synthetic users of one rank.
 
     Args:
-        profile: Shape of the sessions.
+        mix: Which kinds of sessions they hold.
         num_users: Number of users.
         seed: Seed of this rank; another rank must have another one, or its users are the same people.
         block_tokens: Tokens of a block.
         multi_turn: False ends every session after its first request.
     """
     users = tuple(
-        partial(user_requests, profile, seed, user, block_tokens, multi_turn=multi_turn) for user in range(num_users)
+        partial(user_requests, mix, seed, user, block_tokens, multi_turn=multi_turn) for user in range(num_users)
     )
     firsts = chain.from_iterable(islice(user(), _DIGESTED_REQUESTS) for user in users)
-    digest = _digest(f"closed loop, {block_tokens} tokens a block", firsts)
+    digest = _digest(f"closed loop, {block_tokens} tokens a block, {mix}", firsts)
     return ClosedLoop(users=users, block_tokens=block_tokens, digest=digest)
 
 
@@ -132,6 +130,7 @@ def _trace_requests(
             arrival_s=(record.timestamp_s - start_s) * time_scale,
             think_s=0.0,
             user=number,
+            session=0,
             turn=0,
             prompt_tokens=record.input_tokens,
             output_tokens=record.output_tokens,
@@ -149,6 +148,7 @@ def _digest(header: str, requests: Iterable[Request]) -> str:
                 -1.0 if request.arrival_s is None else request.arrival_s,
                 request.think_s,
                 request.user,
+                request.session,
                 request.turn,
                 request.prompt_tokens,
                 request.output_tokens,

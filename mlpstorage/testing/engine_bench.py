@@ -124,6 +124,7 @@ def request(block_ids: Sequence[int], prompt_tokens: int, output_tokens: int = 1
         arrival_s=0.0,
         think_s=0.0,
         user=0,
+        session=0,
         turn=0,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,

@@ -70,6 +70,7 @@ def request(arrival_s: float | None, *block_ids: int, think_s: float = 0.0, outp
         arrival_s=arrival_s,
         think_s=think_s,
         user=0,
+        session=0,
         turn=0,
         prompt_tokens=100 * len(block_ids),
         output_tokens=output_tokens,
