@@ -30,7 +30,7 @@ class Chain:
 
     def __init__(self, shared: Iterable[int], name: str) -> None:
         """`shared` are the ids of the first blocks, of another chain; `name` is that of the blocks after them."""
-        # Not a list of ints, which takes five times the memory: an agent's context has up to 12,500 blocks of 16 tokens.
+        # A list takes five times the memory, and an agent's context has up to 12,500 blocks of 16 tokens.
         self._ids = array("Q", shared)
         self._name = name
 
