@@ -52,6 +52,17 @@ class GenerationMode(enum.StrEnum):
     REALISTIC = "realistic"
 
 
+class Accelerator(enum.StrEnum):
+    """What computes in the model; its peaks stand in `plan.compute`."""
+
+    A100 = "a100"
+    H100 = "h100"
+    H200 = "h200"
+    B200 = "b200"
+    MI355X = "mi355x"
+    NONE = "none"
+
+
 class PerformanceProfile(enum.StrEnum):
     """Which targets the verdict uses."""
 

@@ -18,11 +18,13 @@ from mlpstorage.cluster.facts import (
 from mlpstorage.cluster.locality import is_local
 from mlpstorage.config import BENCHMARK_TYPES, EXIT_CODE, Layout
 from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError, UsageError
+from mlpstorage.kvcache.pacing import REFERENCE_TOKENS
 from mlpstorage.kvcache.rank import build_workload
 from mlpstorage.kvcache.traces import MOONCAKE_BLOCK_TOKENS, effective_block_tokens
 from mlpstorage.launch.command import rank_command, rank_environment, shown
 from mlpstorage.launch.mpi import find_mpi, mpi_version
 from mlpstorage.launch.process import run_job
+from mlpstorage.plan.compute import compute_model, prefill_tokens_per_s
 from mlpstorage.plan.datasize import data_sizes
 from mlpstorage.plan.kvcache import (
     check_room,
@@ -276,7 +278,7 @@ class KVCacheBenchmark(Benchmark):
     def _write_results(self, ranks: tuple[RankResult, ...]) -> None:
         self._summary = merge_ranks(
             ranks,
-            prefill_tokens_per_s=self._spec.prefill_tokens_per_s,
+            prefill_tokens_per_s=prefill_tokens_per_s(compute_model(self._spec), REFERENCE_TOKENS),
             bytes_per_token=self._spec.bytes_per_token,
             ttft_p95_ms_target=self._spec.ttft_p95_ms_target,
         )
@@ -365,7 +367,7 @@ def _absolute(resolved: Resolved[KVCacheSpec]) -> KVCacheSpec:
     return spec.model_copy(
         update={
             name: path.absolute()
-            for name in ("trace", "cache_dir", "kvcache_bin_path", "results_dir")
+            for name in ("model_config_file", "trace", "cache_dir", "kvcache_bin_path", "results_dir")
             if isinstance(path := getattr(spec, name), Path)
         }
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlpstorage.spec.fields import ENVIRONMENT_PREFIX, NONE, Option, Spec
+from mlpstorage.spec.fields import ENVIRONMENT_PREFIX, NONE, Option, Spec, outside_name
 
 GIVEN = "given"
 """Attribute of the namespace: names of the arguments that stood on the command line, as opposed to parser defaults."""
@@ -31,7 +31,11 @@ def _argument(model: type[Spec], name: str, option: Option) -> dict[str, Any]:
     field = model.model_fields[name]
     default = field.get_default(call_default_factory=True)
     value_type = _value_type(field.annotation)
-    keywords: dict[str, Any] = {"action": _Given, "dest": name, "help": _help(str(field.description), default, option)}
+    keywords: dict[str, Any] = {
+        "action": _Given,
+        "dest": outside_name(model, name),
+        "help": _help(str(field.description), default, option),
+    }
     if value_type is bool:
         return {**keywords, "switch": True}
     # A worked-out or environment-dependent default is None here; the spec has the last word.

@@ -1,13 +1,17 @@
 """How long the modelled accelerators take: constant rates, and what of it is really waited for."""
 
+import math
 from dataclasses import dataclass
 
 from mlpstorage.config import GenerationMode
-
-SCALE = {GenerationMode.NONE: 0.0, GenerationMode.FAST: 0.1, GenerationMode.REALISTIC: 1.0}
-"""Part of the modelled compute and think time that is waited for."""
+from mlpstorage.kvcache.accelerators import WAITED_PART as SCALE
+from mlpstorage.plan.compute import compute_model, prefill_tokens_per_s
+from mlpstorage.spec.compute import ComputeSpec
 
 NS = 1_000_000_000
+
+REFERENCE_TOKENS = 2048
+"""Length of the context at which formulas give their rates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,3 +43,14 @@ class Pacing:
     def recompute_ns(self, tokens: int) -> int:
         """Time that `tokens` cached tokens would take to compute, whatever the mode waits for."""
         return round(tokens / self.prefill_tokens_per_s * NS)
+
+
+def pacing_of(spec: ComputeSpec) -> Pacing:
+    """The rates of the spec's compute model at `REFERENCE_TOKENS`; infinite where nothing is modelled."""
+    compute = compute_model(spec)
+    step_s = compute.decode_step_s(1, REFERENCE_TOKENS)
+    return Pacing(
+        mode=spec.generation_mode,
+        prefill_tokens_per_s=prefill_tokens_per_s(compute, REFERENCE_TOKENS) or math.inf,
+        decode_tokens_per_s=math.inf if step_s is None else 1 / step_s,
+    )

@@ -31,7 +31,7 @@ from mlpstorage.kvcache.cache import (
 )
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.events import EventWriter, Finished, Progress, Refused
-from mlpstorage.kvcache.pacing import Pacing
+from mlpstorage.kvcache.pacing import pacing_of
 from mlpstorage.kvcache.play import DRAIN_LIMIT_S, Ending, Played, Stop, Timing, play
 from mlpstorage.kvcache.process import Signals, die_with_parent, in_daemon
 from mlpstorage.kvcache.ranks import Ranks, find_ranks
@@ -286,11 +286,7 @@ def _engine_config(spec: KVCacheSpec, planned: Sizes) -> EngineConfig:
         storage_blocks=planned.storage_blocks or 0,
         touch=spec.touch,
         prefix_caching=not spec.disable_prefix_caching,
-        pacing=Pacing(
-            mode=spec.generation_mode,
-            prefill_tokens_per_s=spec.prefill_tokens_per_s,
-            decode_tokens_per_s=spec.decode_tokens_per_s,
-        ),
+        pacing=pacing_of(spec),
         store_policy=spec.store_policy,
         eviction=spec.eviction,
         evict_above=spec.evict_above,

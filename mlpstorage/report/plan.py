@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mlpstorage.config import IoEngineName
+from mlpstorage.config import Accelerator, IoEngineName
 from mlpstorage.config import Layout as StoreLayout
-from mlpstorage.plan.datasize import DataSizes
+from mlpstorage.plan.datasize import ContextSize, DataSizes
 from mlpstorage.plan.kvcache import Layout, Sizes, gib, warmup_s
 from mlpstorage.spec.fields import Source
 from mlpstorage.spec.kvcache import KVCacheSpec, value_text
@@ -39,6 +39,7 @@ def plan_text(
         ("profile", _profile(spec, sources)),
         ("blocks", f"{planned.block_tokens} tokens, {gib(planned.stored_block_bytes)} each ({_block_note(spec)})"),
         ("objects", _objects(spec, planned)),
+        ("compute", _spec_compute(spec)),
         ("phases", f"{warmup_s(spec):g} s warm-up, {spec.duration:g} s measured window, drain"),
         ("ranks", f"{layout.ranks} on {hosts}{', started over MPI' if layout.uses_mpi else ''}"),
         ("GPU tier", f"{spec.gpu_mem_gb:g} GiB a rank"),
@@ -81,8 +82,9 @@ def data_sizes_text(estimate: DataSizes) -> str:
             f"{estimate.stored_bytes_per_block:,} bytes ({estimate.padding_bytes_per_block:,} padding)",
         ),
         ("objects", f"{estimate.objects_per_block} a block, {estimate.bytes_per_object:,} bytes each"),
-        ("break-even", f"reading beats computing above {estimate.break_even_gib_per_s:.2f} GiB/s, for one request"),
-        ("prefill", f"{estimate.prefill_tokens_per_s:,.0f} tokens/s"),
+        ("weights", f"{estimate.weights / 1e9:,.2f}e9, {estimate.active_weights / 1e9:,.2f}e9 for each token"),
+        ("compute", _compute(estimate)),
+        ("break-even", _break_even(estimate)),
     ]
     if estimate.window_bytes_per_sequence:
         rows.insert(
@@ -92,7 +94,8 @@ def data_sizes_text(estimate: DataSizes) -> str:
     contexts = [
         (
             f"{size.context_tokens:,} tokens",
-            f"{gib(size.bytes_per_user)} a user, {gib(size.bytes_all_users)} for {estimate.num_users:,} users",
+            f"{gib(size.bytes_per_user)} a user, {gib(size.bytes_all_users)} for {estimate.num_users:,} users"
+            + _computed_in(size),
         )
         for size in estimate.contexts
     ]
@@ -120,6 +123,40 @@ def data_sizes_text(estimate: DataSizes) -> str:
             "",
         ]
     )
+
+
+def _spec_compute(spec: KVCacheSpec) -> str:
+    if spec.accelerator is not Accelerator.NONE:
+        by = _accelerators(spec.num_accelerators, spec.accelerator, spec.mfu)
+    else:
+        rates = (("prefill", spec.prefill_tokens_per_s), ("decode", spec.decode_tokens_per_s))
+        by = ", ".join(f"{name} of {rate:,.0f} tokens/s" for name, rate in rates if rate is not None) or "not modelled"
+    return f"{by}; generation mode {spec.generation_mode}"
+
+
+def _compute(estimate: DataSizes) -> str:
+    if estimate.accelerator != Accelerator.NONE:
+        return _accelerators(estimate.num_accelerators, estimate.accelerator, estimate.mfu)
+    if estimate.prefill_tokens_per_s is None:
+        return "not modelled"
+    return f"prefill of {estimate.prefill_tokens_per_s:,.0f} tokens/s"
+
+
+def _accelerators(number: int, accelerator: str, mfu: float) -> str:
+    return f"{number} x {accelerator}, {mfu:g} of their peak in prefill"
+
+
+def _break_even(estimate: DataSizes) -> str:
+    if estimate.break_even_gib_per_s is None:
+        return "unknown: computing is not modelled"
+    where = "" if estimate.prefill_tokens_per_s else f"at {estimate.break_even_context_tokens:,} tokens "
+    return f"{where}reading beats computing above {estimate.break_even_gib_per_s:.2f} GiB/s, for one request"
+
+
+def _computed_in(size: ContextSize) -> str:
+    if size.prefill_s is None:
+        return ""
+    return f"; computed in {size.prefill_s:.3g} s, reading beats that above {size.break_even_gib_per_s:.2f} GiB/s"
 
 
 def _load_name(estimate: DataSizes) -> str:

@@ -46,13 +46,13 @@ _SEVERITY = (RunStatus.COMPLETE, RunStatus.RUNNING, RunStatus.INTERRUPTED, RunSt
 
 
 def merge_ranks(
-    ranks: Sequence[RankResult], *, prefill_tokens_per_s: float, bytes_per_token: int, ttft_p95_ms_target: float
+    ranks: Sequence[RankResult], *, prefill_tokens_per_s: float | None, bytes_per_token: int, ttft_p95_ms_target: float
 ) -> Summary:
     """The summary of a run.
 
     Args:
         ranks: Result of each rank, at least one, in any order.
-        prefill_tokens_per_s: Tokens that one engine of the pacing model computes in a second.
+        prefill_tokens_per_s: Tokens that one engine of the pacing model computes in a second; None without one.
         bytes_per_token: Bytes of KV cache of one token of the model.
         ttft_p95_ms_target: Target of the verdict, in ms.
 
@@ -245,11 +245,11 @@ def _starved(on_host: Sequence[RankResult]) -> str | None:
     )
 
 
-def _breakeven(ranks: Sequence[RankResult], prefill_tokens_per_s: float, bytes_per_token: int) -> BreakEven:
+def _breakeven(ranks: Sequence[RankResult], prefill_tokens_per_s: float | None, bytes_per_token: int) -> BreakEven:
     saved_ns = sum(rank.requests.ttft_saved_ns for rank in ranks)
     return BreakEven(
         prefill_tokens_per_s=prefill_tokens_per_s,
-        read_gib_per_s_needed=prefill_tokens_per_s * bytes_per_token / GIB,
+        read_gib_per_s_needed=None if prefill_tokens_per_s is None else prefill_tokens_per_s * bytes_per_token / GIB,
         ttft_saved_mean_ms=_ratio(saved_ns / 1e6, sum(rank.requests.ttft_saved_requests for rank in ranks)),
     )
 

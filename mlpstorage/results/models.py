@@ -310,8 +310,8 @@ class Client(Record):
 class BreakEven(Record):
     """When reading a cached token beats computing it again."""
 
-    prefill_tokens_per_s: float
-    read_gib_per_s_needed: float
+    prefill_tokens_per_s: float | None
+    read_gib_per_s_needed: float | None
     ttft_saved_mean_ms: float | None
 
 

@@ -58,7 +58,8 @@ class Option:
 class Spec(BaseModel):
     """Base of all specs: frozen, unknown keys forbidden, finite numbers only."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # A field may begin with `model_`.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     @classmethod
     def options(cls) -> dict[str, Option]:
@@ -159,17 +160,40 @@ def flag_of(model: type[Spec], name: str) -> str:
     return model.options()[name].flags[0]
 
 
+def environment_variable(model: type[Spec], name: str) -> str:
+    """The environment variable of a field."""
+    return ENVIRONMENT_PREFIX + outside_name(model, name).upper()
+
+
+def outside_name(model: type[Spec], name: str) -> str:
+    """What a field is called in a config file, the environment and a namespace: its flag, as a name.
+
+    That is the field's own name, but where a model may not have such a field.
+    """
+    option = model.options().get(name)
+    return name if option is None else option.flags[0].removeprefix("--").replace("-", "_")
+
+
 def number_text(value: float) -> str:
     """A number as one would write it; it reads back to the last bit."""
     return str(int(value)) if float(value).is_integer() else repr(value)
 
 
 def _flag_values(model: type[Spec], args: Namespace) -> dict[str, Any]:
-    known = {name: value for name, value in vars(args).items() if name in model.model_fields and value is not None}
+    given = vars(args)
+    known = {
+        name: given[outside]
+        for name in model.model_fields
+        if given.get(outside := outside_name(model, name)) is not None
+    }
     if not hasattr(args, "given"):
         return known
     # What a script has changed since the parser ran counts as given, too.
-    return {name: value for name, value in known.items() if name in args.given or not _is_default(model, name, value)}
+    return {
+        name: value
+        for name, value in known.items()
+        if outside_name(model, name) in args.given or not _is_default(model, name, value)
+    }
 
 
 def _is_default(model: type[Spec], name: str, value: object) -> bool:
@@ -178,7 +202,7 @@ def _is_default(model: type[Spec], name: str, value: object) -> bool:
 
 
 def _environment_values(model: type[Spec], environment: Mapping[str, str]) -> dict[str, str]:
-    names = {name: ENVIRONMENT_PREFIX + name.upper() for name in model.options()}
+    names = {name: environment_variable(model, name) for name in model.options()}
     return {name: environment[variable] for name, variable in names.items() if environment.get(variable)}
 
 
@@ -198,11 +222,12 @@ def _file_values(path: Path | None, model: type[Spec]) -> dict[str, Any]:
         return {}
     if not isinstance(document, dict):
         raise ConfigurationError(f"--config-file: {path} must hold `name: value` lines, one an option")
-    unknown = sorted(str(key) for key in document if key not in model.model_fields)
+    names = {outside_name(model, name): name for name in model.options()}
+    unknown = sorted(str(key) for key in document if key not in names)
     if unknown:
-        known = ", ".join(sorted(model.options()))
+        known = ", ".join(sorted(names))
         raise ConfigurationError(f"--config-file: {path}: unknown key {', '.join(unknown)}; known are {known}")
-    return document
+    return {names[key]: value for key, value in document.items()}
 
 
 def _explained(
@@ -217,9 +242,9 @@ def _explained(
     flag = flag_of(model, name)
     match sources.get(name):
         case "env":
-            return ConfigurationError(f"environment variable {ENVIRONMENT_PREFIX}{name.upper()} ({flag}): {message}")
+            return ConfigurationError(f"environment variable {environment_variable(model, name)} ({flag}): {message}")
         case "file":
-            return ConfigurationError(f"{config_file}: {name} ({flag}): {message}")
+            return ConfigurationError(f"{config_file}: {outside_name(model, name)} ({flag}): {message}")
         case _:
             return UsageError(f"{flag}: {message}")
 

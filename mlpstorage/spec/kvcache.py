@@ -1,7 +1,7 @@
 """Every parameter of the KV-cache benchmark: its flag, default, range and meaning.
 
-The fields stand in three parts, each a model over the one before: `spec.workload`, `spec.storage`, and here where it
-runs and where its results go.
+The fields stand in four parts, each a model over the one before: `spec.compute`, `spec.workload`, `spec.storage`, and
+here where it runs and where its results go.
 """
 
 from collections.abc import Mapping, Sequence
@@ -155,7 +155,8 @@ def flag_words(spec: KVCacheSpec, name: str) -> list[str]:
     """The words of a command line that give a field its value; none for what can only be left out."""
     option, value = spec.options()[name], getattr(spec, name)
     flag = option.flags[0]
-    if value is None or value is False:
+    named_by_file = name == "model" and spec.model_config_file is not None
+    if value is None or value is False or named_by_file:
         return []
     if value is True:
         return [flag]

@@ -1,4 +1,4 @@
-"""How objects lie on storage, what moves them, and the policies of the storage tier: the second part of the spec."""
+"""How objects lie on storage, what moves them, and the policies of the storage tier: the third part of the spec."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -16,10 +16,11 @@ from mlpstorage.config import (
     WriteOverflow,
     WriteSync,
 )
+from mlpstorage.spec.compute import BOTH
 from mlpstorage.spec.fields import Option
 from mlpstorage.spec.load_timeout import LoadTimeout, parse_load_timeout
 from mlpstorage.spec.profiles import PROFILES
-from mlpstorage.spec.workload import BOTH, WorkloadSpec
+from mlpstorage.spec.workload import WorkloadSpec
 from mlpstorage.storage.location import S3Location
 
 STORAGE = "Storage I/O"

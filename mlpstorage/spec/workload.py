@@ -1,22 +1,17 @@
-"""What is played, for how long, in which tiers, and at which modelled speed: the first part of the spec."""
+"""What is played, for how long and in which tiers: the second part of the spec."""
 
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer, field_validator, model_validator
+from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer, model_validator
 
-from mlpstorage.config import KVCACHE_MODELS, GenerationMode, PerformanceProfile, TouchOrder
-from mlpstorage.models import MODELS, ModelShape
-from mlpstorage.spec.fields import Option, Spec
+from mlpstorage.config import TouchOrder
+from mlpstorage.spec.compute import BOTH, WORKLOAD, ComputeSpec
+from mlpstorage.spec.fields import Option
 from mlpstorage.storage.location import S3Location, parse_location
 
-BOTH = ("run", "datasize")
-"""Commands that take what decides the sizes."""
-
-WORKLOAD = "Workload"
 TIME = "Time"
 TIERS = "Tiers"
-COMPUTE = "Compute model and targets"
 
 
 def _location(value: object) -> object:
@@ -25,14 +20,9 @@ def _location(value: object) -> object:
     return parse_location(value) if isinstance(value, str) else value
 
 
-class WorkloadSpec(Spec):
+class WorkloadSpec(ComputeSpec):
     """What is played, without where it is kept. None stands for a value that is worked out."""
 
-    model: Annotated[
-        str,
-        Field(description="model whose KV cache is played"),
-        Option(flags=("--model", "-m"), group=WORKLOAD, metavar="NAME", commands=BOTH, choices=KVCACHE_MODELS),
-    ] = "llama3.1-8b"
     num_users: Annotated[
         int,
         Field(ge=1, le=1_000_000, description="concurrent users of each rank (synthetic sessions, closed loop)"),
@@ -129,54 +119,6 @@ class WorkloadSpec(Spec):
         Field(description="in which order a request's blocks become recent"),
         Option(flags=("--touch",), group=TIERS),
     ] = TouchOrder.TAIL
-
-    generation_mode: Annotated[
-        GenerationMode,
-        Field(
-            description="none: no compute and no think time; fast: a tenth of the modelled times; "
-            "realistic: the modelled times"
-        ),
-        Option(flags=("--generation-mode",), group=COMPUTE),
-    ] = GenerationMode.REALISTIC
-    prefill_tokens_per_s: Annotated[
-        float,
-        Field(gt=0, description="prompt tokens that the modelled accelerators compute a second, for one request"),
-        Option(flags=("--prefill-tokens-per-s",), group=COMPUTE, metavar="N", commands=BOTH),
-    ] = 20_000.0
-    decode_tokens_per_s: Annotated[
-        float,
-        Field(gt=0, description="output tokens that they generate a second, for one request"),
-        Option(flags=("--decode-tokens-per-s",), group=COMPUTE, metavar="N"),
-    ] = 50.0
-    performance_profile: Annotated[
-        PerformanceProfile,
-        Field(description="targets of the verdict: TTFT p95 of 450 ms (latency) or 2,000 ms (throughput)"),
-        Option(flags=("--performance-profile",), group=COMPUTE),
-    ] = PerformanceProfile.LATENCY
-    fail_on_slo: Annotated[
-        bool,
-        Field(
-            description="end with exit code 1 where the target was missed, or too few requests were answered to tell"
-        ),
-        Option(flags=("--fail-on-slo",), group=COMPUTE, rank=False),
-    ] = False
-
-    @property
-    def shape(self) -> ModelShape:
-        """The model's shape."""
-        return MODELS[self.model]
-
-    @property
-    def ttft_p95_ms_target(self) -> float:
-        """Target of the verdict: MLPerf Inference's TTFT limits for Llama 2 70B, interactive and server scenario."""
-        return {PerformanceProfile.LATENCY: 450.0, PerformanceProfile.THROUGHPUT: 2000.0}[self.performance_profile]
-
-    @field_validator("model")
-    @classmethod
-    def _known_model(cls, value: str) -> str:
-        if value not in MODELS:
-            raise ValueError(f"must be one of {', '.join(KVCACHE_MODELS)}")
-        return value
 
     @model_validator(mode="after")
     def _traces_bring_their_sessions(self) -> "WorkloadSpec":

@@ -342,7 +342,7 @@ def test_sources_and_precedence_of_parameters(cli: Cli) -> None:
     assert (parameters["seed"], sources["seed"]) == (8, "env")
     assert (parameters["io_threads"], sources["io_threads"]) == (4, "file")
     assert (parameters["touch"], sources["touch"]) == ("head", "file")
-    assert (parameters["prefill_tokens_per_s"], sources["prefill_tokens_per_s"]) == (20_000, "default")
+    assert (parameters["accelerator"], sources["accelerator"]) == ("h100", "default")
     assert set(parameters) == set(sources)
 
 

@@ -332,7 +332,9 @@ def test_bytes_for_people(count: int, text: str) -> None:
 
 def test_data_sizes_of_llama() -> None:
     """131,072 bytes a token x 20,000 tokens a second = 2.44 GiB/s; 2,048 tokens are 8 blocks of 32 MiB a user."""
-    estimate = data_sizes(spec(num_users=100, gpu_mem_gb=16, cpu_mem_gb=32, storage_gb=100))
+    estimate = data_sizes(
+        spec(num_users=100, gpu_mem_gb=16, cpu_mem_gb=32, storage_gb=100, prefill_tokens_per_s=20_000)
+    )
     assert estimate.bytes_per_token == 131_072
     assert estimate.bytes_per_block == estimate.stored_bytes_per_block == 33_554_432
     assert estimate.padding_bytes_per_block == 0
@@ -377,5 +379,7 @@ def test_data_sizes_of_a_split_block() -> None:
     # One head each on 16 ranks: all is kept twice, and read twice.
     twice = data_sizes(spec(tensor_parallel=16, storage_gb=1))
     assert twice.contexts[0].bytes_per_user == 2 * whole.contexts[0].bytes_per_user
+    assert twice.break_even_gib_per_s is not None
+    assert whole.break_even_gib_per_s is not None
     assert twice.break_even_gib_per_s == pytest.approx(2 * whole.break_even_gib_per_s)
     assert (twice.as_dict()["tensor_parallel"], twice.as_dict()["profile"]) == (16, None)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mlpstorage.cli.parser import build_parser
 from mlpstorage.config import (
     KVCACHE_MODELS,
+    Accelerator,
     DirectMode,
     Eviction,
     GenerationMode,
@@ -27,7 +28,7 @@ from mlpstorage.config import (
 from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError, UsageError
 from mlpstorage.kvcache.rank import parse_arguments
 from mlpstorage.plan.kvcache import with_settled_io
-from mlpstorage.spec.fields import Resolved, flag_of, resolve
+from mlpstorage.spec.fields import Resolved, flag_of, outside_name, resolve
 from mlpstorage.spec.kvcache import KVCacheSpec, flag_words, rank_arguments
 from mlpstorage.spec.load_timeout import LoadTimeout
 from mlpstorage.storage.location import S3Location
@@ -422,7 +423,13 @@ def test_every_flag_is_its_fields_name() -> None:
     """So that a message, a file and the environment can be read by one another."""
     names = list(KVCacheSpec.options())
     assert set(names) == set(KVCacheSpec.model_fields)
-    assert [flag_of(KVCacheSpec, name) for name in names] == [f"--{name.replace('_', '-')}" for name in names]
+    expected = {name: f"--{name.replace('_', '-')}" for name in names}
+    # pydantic keeps this name to itself; outside it is called as its flag says.
+    expected["model_config_file"] = "--model-config"
+    assert {name: flag_of(KVCacheSpec, name) for name in names} == expected
+    assert {name: outside_name(KVCacheSpec, name) for name in names} == {
+        name: flag.removeprefix("--").replace("-", "_") for name, flag in expected.items()
+    }
 
 
 # Ranks
@@ -474,6 +481,23 @@ DRIVES = st.one_of(
 )
 """What moves them; io_uring goes with files only."""
 
+COMPUTES = st.one_of(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "accelerator": st.sampled_from([one for one in Accelerator if one is not Accelerator.NONE]),
+            "num_accelerators": st.integers(1, 100_000),
+            "mfu": st.floats(min_value=0, max_value=1, exclude_min=True),
+        },
+    ),
+    st.fixed_dictionaries(
+        {"accelerator": st.just(Accelerator.NONE)},
+        optional={"prefill_tokens_per_s": none_or(POSITIVE), "decode_tokens_per_s": none_or(POSITIVE)},
+    ),
+    st.fixed_dictionaries({"prefill_tokens_per_s": POSITIVE}),
+)
+"""What computes: a formula, rates, or nothing."""
+
 TIMEOUTS = st.tuples(POSITIVE, st.just(0.0) | POSITIVE, st.just(0.0) | POSITIVE).map(
     lambda three: LoadTimeout(base_s=three[0], per_1024_tokens_s=three[1], most_s=three[0] + three[2])
 )
@@ -495,8 +519,6 @@ OTHERS: dict[str, st.SearchStrategy[object]] = {
     "storage_gb": none_or(POSITIVE),
     "touch": st.sampled_from(TouchOrder),
     "generation_mode": st.sampled_from(GenerationMode),
-    "prefill_tokens_per_s": POSITIVE,
-    "decode_tokens_per_s": POSITIVE,
     "performance_profile": st.sampled_from(PerformanceProfile),
     # Divide the heads of every model, or are a multiple of them.
     "tensor_parallel": st.sampled_from([1, 2, 4, 64, 1024]),
@@ -524,16 +546,26 @@ def test_the_values_tried_are_of_every_field_that_a_rank_hears() -> None:
     """A new field must join the next test."""
     apart = {"cache_dir", "layout", "direct", "verify", "reuse_cache", "keep_cache"}
     apart |= {"io_engine", "io_depth", "io_threads"}
+    apart |= {"accelerator", "num_accelerators", "mfu", "prefill_tokens_per_s", "decode_tokens_per_s"}
+    # A file that must be there: test_spec_compute.py.
+    apart |= {"model_config_file"}
     assert {*OTHERS, *apart} == {name for name, option in KVCacheSpec.options().items() if option.rank}
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
-@given(others=st.fixed_dictionaries({}, optional=OTHERS), place=PLACES, drive=DRIVES, rings=st.booleans())
+@given(
+    others=st.fixed_dictionaries({}, optional=OTHERS), place=PLACES, drive=DRIVES, compute=COMPUTES, rings=st.booleans()
+)
 def test_a_ranks_command_line_gives_the_spec_back(
-    others: dict[str, object], place: dict[str, object], drive: dict[str, object], *, rings: bool
+    others: dict[str, object],
+    place: dict[str, object],
+    drive: dict[str, object],
+    compute: dict[str, object],
+    *,
+    rings: bool,
 ) -> None:
     """Whatever the values, to the last bit of a float and with any path."""
-    values = others | place | drive
+    values = others | place | drive | compute
     if values.get("trace") is None:
         assume("max_requests" not in values or values["max_requests"] is None)
         values.pop("time_scale", None)
