@@ -1,6 +1,8 @@
 """How long the modelled accelerators take, worked by hand from the formulas and the data sheets."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,8 @@ from mlpstorage.plan.compute import (
     prefill_tokens_per_s,
 )
 from mlpstorage.spec.kvcache import KVCacheSpec
+
+PAGE = (Path(__file__).parents[2] / "docs" / "compute.md").read_text(encoding="utf-8")
 
 LLAMA_70B = ModelShape(
     name="llama3.1-70b", layers=80, kv_heads=8, head_dim=128, attention_width=8192, dense_weights=70_600_000_000
@@ -243,3 +247,34 @@ def test_peaks_are_those_of_the_data_sheets() -> None:
         "mi355x": (2516.6, 8),
     }
     assert {*PEAKS, Accelerator.NONE} == set(Accelerator)
+
+
+# The documentation
+
+
+def rows(section: str) -> dict[str, list[str]]:
+    """The rows of the table of a section by the name in their first cell."""
+    body = PAGE.partition(f"## {section}\n")[2].partition("\n## ")[0]
+    found = re.findall(r"^\| `([^`]+)` \| (.+) \|$", body, flags=re.MULTILINE)
+    return {name: rest.split(" | ") for name, rest in found}
+
+
+def test_the_documented_peaks_are_those_that_are_used() -> None:
+    """In the units of the table."""
+    shown = {name: (float(cells[0]) * 1e12, float(cells[1]) * 1e12) for name, cells in rows("Accelerators").items()}
+    assert shown == {name.value: (peak.flop_per_s, peak.memory_bytes_per_s) for name, peak in PEAKS.items()}
+
+
+def test_the_documented_models_are_those_that_are_played() -> None:
+    """Layers, width, bytes of a token and weights of each."""
+    shown = {name: (int(cells[0].split()[0]), *cells[2:6]) for name, cells in rows("Models").items()}
+    assert shown == {
+        name: (
+            shape.layers + shape.window_layers,
+            f"{shape.attention_width:,}",
+            f"{shape.bytes_per_token:,}",
+            f"{shape.weights / 1e9:.2f}e9",
+            f"{shape.active_weights / 1e9:.2f}e9",
+        )
+        for name, shape in MODELS.items()
+    }

@@ -26,6 +26,61 @@ WINDOW_BYTES = {"gpt-oss-20b": 3_145_728, "gpt-oss-120b": 4_718_592, "gemma-3-27
 """3, 4.5 and 416 MiB a sequence."""
 
 
+PUBLISHED_WEIGHTS = {
+    "llama2-7b": (6.738e9, None),
+    "mistral-7b": (7.248e9, None),
+    "llama3.1-8b": (8.030e9, None),
+    "llama3.1-70b-instruct": (70.55e9, None),
+    "llama3.1-405b": (405.9e9, None),
+    "qwen3-8b": (8.19e9, None),
+    "qwen3-32b": (32.8e9, None),
+    "qwen3-235b-a22b": (235e9, 22e9),
+    "deepseek-v3": (671e9, 36.6e9),
+    "gpt-oss-20b": (20.91e9, 3.61e9),
+    "gpt-oss-120b": (116.83e9, 5.13e9),
+    "gemma-3-27b": (27.0e9, None),
+}
+"""In all and active, from the models' cards; DeepSeek and OpenAI count no input embedding among the active ones."""
+
+ATTENTION_WIDTHS = {
+    "tiny-1b": 16 * 128,
+    "llama2-7b": 32 * 128,
+    "mistral-7b": 32 * 128,
+    "llama3.1-8b": 32 * 128,
+    "llama3.1-70b-instruct": 64 * 128,
+    "llama3.1-405b": 128 * 128,
+    "qwen3-8b": 32 * 128,
+    "qwen3-32b": 64 * 128,
+    "qwen3-235b-a22b": 64 * 128,
+    "deepseek-v3": 128 * (192 + 128) // 2,
+    "gpt-oss-20b": 64 * 64,
+    "gpt-oss-120b": 64 * 64,
+    "gemma-3-27b": 32 * 128,
+}
+"""Query heads x values of a head; under latent attention x the mean of a query's and a value's."""
+
+
+@pytest.mark.parametrize(("name", "published"), PUBLISHED_WEIGHTS.items())
+def test_weights_are_those_of_the_model_cards(name: str, published: tuple[float, float | None]) -> None:
+    """Counted from the dimensions, within a quarter of a percent; active ones, which few count alike, within two."""
+    weights, active = published
+    assert MODELS[name].weights == pytest.approx(weights, rel=0.0025)
+    if active is not None:
+        assert MODELS[name].active_weights == pytest.approx(active, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "expected"), ATTENTION_WIDTHS.items())
+def test_width_of_the_attention(name: str, expected: int) -> None:
+    """It is not the hidden size: Qwen3-235B has 4,096 and gpt-oss 2,880 of that."""
+    assert MODELS[name].attention_width == expected
+
+
+def test_only_an_embedding_that_is_no_head_is_looked_up() -> None:
+    """Gemma's is both, and every token is multiplied by it; the others have a vocabulary x hidden size apart."""
+    assert MODELS["gemma-3-27b"].active_weights == MODELS["gemma-3-27b"].weights
+    assert MODELS["llama3.1-8b"].weights - MODELS["llama3.1-8b"].active_weights == 128_256 * 4096
+
+
 @pytest.mark.parametrize(("name", "expected"), BYTES_PER_TOKEN.items())
 def test_bytes_per_token_are_those_of_the_table(name: str, expected: int) -> None:
     """Every model keeps as many bytes of a token in bfloat16 as the table of published shapes says."""
@@ -40,7 +95,7 @@ def test_only_sliding_window_layers_keep_a_constant_per_sequence(name: str) -> N
 
 def test_every_model_is_in_the_table_and_on_the_command_line() -> None:
     """No model can be chosen whose bytes per token this file does not check, and none of the table is missing."""
-    assert set(MODELS) == set(BYTES_PER_TOKEN)
+    assert set(MODELS) == set(BYTES_PER_TOKEN) == set(ATTENTION_WIDTHS) == {*PUBLISHED_WEIGHTS, "tiny-1b"}
     assert sorted(KVCACHE_MODELS) == sorted(BYTES_PER_TOKEN)
     assert all(name == shape.name for name, shape in MODELS.items())
 

@@ -72,6 +72,13 @@ def test_a_profiles_plan_names_what_it_sets() -> None:
             "objects",
             "one a block (tensor parallel 8, MLA is kept once)",
         ),
+        ({}, "compute", "1 x h100, 0.5 of their peak in prefill; generation mode realistic"),
+        (
+            {"prefill_tokens_per_s": 20_000, "decode_tokens_per_s": 50, "generation_mode": "fast"},
+            "compute",
+            "prefill of 20,000 tokens/s, decode of 50 tokens/s; generation mode fast",
+        ),
+        ({"accelerator": "none"}, "compute", "not modelled; generation mode realistic"),
         ({"layout": "null"}, "layout", "null: nothing is stored, the client is measured"),
         ({"layout": "null"}, "cache files", "none"),
         ({"layout": "null"}, "=verify", "off  (auto)"),
