@@ -53,16 +53,20 @@ DEFAULTS: Mapping[str, Mapping[str, object]] = {
 }
 """Defaults of a `model_type` that its published configurations rely on."""
 
-STATE_FIELDS = (
+OTHER_LAYERS = (
+    "attention_chunk_size",
     "attn_layer_period",
+    "attn_type_list",
+    "block_types",
     "full_attention_interval",
     "hybrid_override_pattern",
+    "layers_block_type",
     "linear_attn_config",
     "mamba_d_state",
     "ssm_cfg",
     "state_size",
 )
-"""Fields of models in which some layers keep a state in the place of keys and values."""
+"""Fields of models in which some layers keep a state, or a chunk, in the place of every token or of a window."""
 
 
 def read_model_config(path: Path) -> ModelShape:
@@ -183,9 +187,9 @@ def _shared(document: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_other_kinds(fields: _Fields) -> None:
     if fields.switch("is_encoder_decoder", default=False):
         raise fields.wrong("is_encoder_decoder", "only decoder-only models can be played")
-    for name in STATE_FIELDS:
+    for name in OTHER_LAYERS:
         if fields.get(name)[1] is not None:
-            raise fields.wrong(name, "some layers of such a model keep a state, not keys and values of tokens")
+            raise fields.wrong(name, "layers that keep neither every token nor those of a window cannot be played")
 
 
 def _latent(fields: _Fields) -> LatentAttention | None:
@@ -219,24 +223,27 @@ def _head_dim(fields: _Fields, heads: int) -> int:
 
 
 def _windows(fields: _Fields, layers: int) -> tuple[int, int]:
-    """How many layers have a sliding window, and its tokens."""
+    """How many layers have a sliding window, and its tokens; none where it is as long as any prompt."""
     types = fields.get("layer_types")[1]
-    if types is not None:
-        window_layers = _listed_windows(fields, types, layers)
-        return (window_layers, fields.count("sliding_window")) if window_layers else (0, 0)
-    window_tokens = fields.count_if_any("sliding_window")
+    listed = None if types is None else _listed_windows(fields, types, layers)
+    window_tokens = fields.count("sliding_window") if listed else fields.count_if_any("sliding_window")
     if window_tokens is None or not fields.switch("use_sliding_window", default=True):
         return 0, 0
-    model_type = str(fields.values.get("model_type"))
-    pattern = fields.count_if_any("sliding_window_pattern") or PATTERNS.get(model_type)
-    if pattern is not None:
-        window_layers = layers - layers // pattern
-    elif fields.get("use_sliding_window")[1] is not None:
-        # Qwen: the first layers are full.
-        window_layers = max(layers - (fields.count_if_any("max_window_layers", least=0) or 0), 0)
-    else:
-        window_layers = layers
+    if window_tokens >= (fields.count_if_any("max_position_embeddings") or MOST):
+        return 0, 0
+    window_layers = _windows_by_rule(fields, layers) if listed is None else listed
     return (window_layers, window_tokens) if window_layers else (0, 0)
+
+
+def _windows_by_rule(fields: _Fields, layers: int) -> int:
+    """How many layers have a window where they are not listed."""
+    pattern = fields.count_if_any("sliding_window_pattern") or PATTERNS.get(str(fields.values.get("model_type")))
+    if pattern is not None:
+        return layers - layers // pattern
+    if fields.get("use_sliding_window")[1] is not None:
+        # Qwen: the first layers are full.
+        return max(layers - (fields.count_if_any("max_window_layers", least=0) or 0), 0)
+    return layers
 
 
 def _listed_windows(fields: _Fields, types: object, layers: int) -> int:

@@ -182,6 +182,9 @@ def test_bytes_of_a_token(tmp_path: Path, config: object, bytes_per_token: int, 
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 40}, 32, 0),
         ({"model_type": "qwen2", "sliding_window": 4096}, 32, 0),
         ({"layer_types": ["full_attention"] * 32, "sliding_window": 4096}, 32, 0),
+        # As long as any prompt can be, it is none.
+        ({"sliding_window": 8192, "max_position_embeddings": 8192}, 32, 0),
+        ({"sliding_window": 8191, "max_position_embeddings": 8192}, 0, 32),
         ({"layer_types": ["full_attention"] * 5 + ["sliding_attention"] * 27, "sliding_window": 10}, 5, 27),
     ],
 )
@@ -363,8 +366,9 @@ def test_a_field_of_the_text_model_is_named_with_its_part(tmp_path: Path) -> Non
         ({"quantization_config": 4}, "quantization_config: must be an object"),
         ({"quantization_config": {"quant_method": "new"}}, r"quantization_config\.quant_method: 'new' is none of"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder: only decoder-only"),
-        ({"full_attention_interval": 4}, "full_attention_interval: some layers"),
-        ({"state_size": 16}, "state_size: some layers"),
+        ({"full_attention_interval": 4}, "full_attention_interval: layers that keep neither"),
+        ({"attention_chunk_size": 8192}, "attention_chunk_size: layers that keep neither"),
+        ({"state_size": 16}, "state_size: layers that keep neither"),
     ],
 )
 def test_a_field_that_is_wrong_is_named(tmp_path: Path, changes: dict[str, object], said: str) -> None:
