@@ -137,3 +137,23 @@ def test_wrong_compute_flags_are_a_usage_error(cli: Cli, words: list[str], said:
     ended = cli.run("kvcache", "datasize", *words)
     assert ended.returncode == 2
     assert said in ended.stderr
+
+
+def test_a_run_of_ones_own_model(cli: Cli) -> None:
+    """The rank finds the same shape; without a model of compute the break-even is null, and the run is complete."""
+    (cli.place / "config.json").write_text(json.dumps(SMALL))
+    words = cli.load("--accelerator", "none", "--model-config", "config.json")
+    at = words.index("--model")
+    del words[at : at + 2]
+    ended = cli.run(*words)
+    assert ended.returncode == 0, ended.stderr
+    run = cli.only_run()
+    assert run.directory.parts[-3:-1] == ("small-1", "run")
+    assert (run.metadata["model"], run.metadata["parameter_sources"]["model"]) == ("small-1", "auto")
+    # 64 tokens of 10,240 bytes are 160 pages.
+    assert run.summary["storage"]["written_bytes"] % 655_360 == 0
+    assert run.summary["storage"]["written_bytes"] > 0
+    assert (run.summary["breakeven"]["prefill_tokens_per_s"], run.summary["breakeven"]["read_gib_per_s_needed"]) == (
+        None,
+        None,
+    )
