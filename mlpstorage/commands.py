@@ -24,7 +24,7 @@ def run(args: Namespace) -> int:
     if args.program == "history":
         return {"list": _list, "show": _show, "rerun": _rerun}[args.command](args)
     if args.command == "trace":
-        return _inspect(args)
+        return {"inspect": _inspect, "convert": _convert}[args.trace_command](args)
     from mlpstorage.benchmarks.kvcache import KVCacheBenchmark  # noqa: PLC0415 - the whole benchmark, slow to import
 
     try:
@@ -81,11 +81,29 @@ def _inspect(args: Namespace) -> int:
     from mlpstorage.kvcache.inspect import inspect_trace  # noqa: PLC0415 - only what the command needs is imported
     from mlpstorage.report.trace import trace_facts_text  # noqa: PLC0415
 
-    facts = inspect_trace(Path(args.trace), args.capacity_blocks or [], args.touch)
+    facts = inspect_trace(
+        Path(args.trace),
+        args.capacity_blocks or [],
+        args.touch,
+        trace_format=args.trace_format,
+        block_tokens=args.block_tokens,
+    )
     if args.json:
         print_json(facts.as_dict())
     else:
         sys.stdout.write(trace_facts_text(facts))
+    return EXIT_CODE.SUCCESS
+
+
+def _convert(args: Namespace) -> int:
+    from mlpstorage.kvcache.traces.convert import convert_trace  # noqa: PLC0415 - only what the command needs
+    from mlpstorage.report.trace import converted_text  # noqa: PLC0415
+
+    converted = convert_trace(Path(args.trace), Path(args.out), args.trace_format, force=args.force)
+    if args.json:
+        print_json(converted.as_dict())
+    else:
+        sys.stdout.write(converted_text(converted))
     return EXIT_CODE.SUCCESS
 
 

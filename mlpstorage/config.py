@@ -94,6 +94,16 @@ class TouchOrder(enum.StrEnum):
     TAIL = "tail"
 
 
+class TraceFormat(enum.StrEnum):
+    """How a request trace is written."""
+
+    MOONCAKE = "mooncake"
+    AGENTIC = "agentic"
+    BAILIAN = "bailian"
+    BURSTGPT = "burstgpt"
+    AZURE = "azure"
+
+
 class Layout(enum.StrEnum):
     """How objects lie on storage."""
 

@@ -20,7 +20,8 @@ from mlpstorage.config import BENCHMARK_TYPES, EXIT_CODE, Layout
 from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError, UsageError
 from mlpstorage.kvcache.pacing import REFERENCE_TOKENS
 from mlpstorage.kvcache.rank import build_workload
-from mlpstorage.kvcache.traces import MOONCAKE_BLOCK_TOKENS, effective_block_tokens
+from mlpstorage.kvcache.traces import open_trace
+from mlpstorage.kvcache.workload import played_block_tokens
 from mlpstorage.launch.command import rank_command, rank_environment, shown
 from mlpstorage.launch.mpi import find_mpi, mpi_version
 from mlpstorage.launch.process import run_job
@@ -122,7 +123,7 @@ class KVCacheBenchmark(Benchmark):
         """Tokens of one object."""
         if self._spec.trace is None:
             return self._spec.block_tokens
-        return effective_block_tokens(MOONCAKE_BLOCK_TOKENS, self._spec.block_tokens)
+        return played_block_tokens(open_trace(self._spec.trace), self._spec.block_tokens)
 
     def _build_kvcache_command(self, run_id: str | None = None) -> str:
         """The command that runs the ranks, as one would type it."""

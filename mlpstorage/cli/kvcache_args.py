@@ -3,7 +3,7 @@
 import argparse
 
 from mlpstorage.cli.options import add_options
-from mlpstorage.config import TouchOrder
+from mlpstorage.config import TouchOrder, TraceFormat
 from mlpstorage.spec.kvcache import OUTPUT, KVCacheSpec
 
 
@@ -20,10 +20,25 @@ def add_kvcache_arguments(parser: argparse.ArgumentParser) -> None:
             "datasize", help="sizes and break-even bandwidth of a load", formatter_class=_WideHelp, allow_abbrev=False
         )
     )
-    trace = commands.add_parser("trace", help="look into a request trace", allow_abbrev=False)
+    trace = commands.add_parser("trace", help="look into a request trace, or convert it", allow_abbrev=False)
     traces = trace.add_subparsers(dest="trace_command", metavar="COMMAND", required=True)
     _add_inspect(
-        traces.add_parser("inspect", help="count requests, blocks and what caches would find", allow_abbrev=False)
+        traces.add_parser(
+            "inspect",
+            help="count requests, blocks and what caches would find",
+            formatter_class=_WideHelp,
+            allow_abbrev=False,
+        )
+    )
+    _add_convert(
+        traces.add_parser(
+            "convert",
+            help="write a trace in the mooncake format, without its sessions and think times",
+            description="Write a trace in the mooncake format, in blocks of 512 tokens. Sessions and think times have "
+            "no place in that format and are lost.",
+            formatter_class=_WideHelp,
+            allow_abbrev=False,
+        )
     )
 
 
@@ -57,14 +72,22 @@ def _add_datasize(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trace", metavar="FILE", help="Mooncake trace (jsonl)")
+    _add_trace(parser)
+    parser.add_argument(
+        "--block-tokens",
+        type=_positive,
+        default=None,
+        metavar="N",
+        help="count in full blocks of N tokens, a multiple of the trace's (default: the trace's own blocks, "
+        "partial ones too)",
+    )
     parser.add_argument(
         "--capacity-blocks",
         type=_positive,
         action="append",
         default=None,
         metavar="N",
-        help="also count what a cache of N of the trace's blocks would find (1 or more); may be repeated",
+        help="also count what a cache of N blocks would find (1 or more); may be repeated",
     )
     parser.add_argument(
         "--touch",
@@ -75,6 +98,27 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     )
     _add_json(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    _add_trace(parser)
+    parser.add_argument("out", metavar="OUT", help="the new file; packed if it ends in .gz or .zst")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    _add_json(parser)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _add_trace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "trace", metavar="FILE|DIR", help="a trace, packed (gzip, zstd) or not; a directory of agentic conversations"
+    )
+    parser.add_argument(
+        "--trace-format",
+        type=TraceFormat,
+        choices=list(TraceFormat),
+        default=None,
+        help="how the trace is written (default: found out from its content)",
+    )
 
 
 def _positive(text: str) -> int:

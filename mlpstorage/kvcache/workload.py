@@ -11,13 +11,7 @@ from pathlib import Path
 from mlpstorage.errors import ConfigurationError
 from mlpstorage.kvcache.request import Request
 from mlpstorage.kvcache.synthetic import Mix, user_requests
-from mlpstorage.kvcache.traces import (
-    MOONCAKE_BLOCK_TOKENS,
-    effective_block_tokens,
-    full_block_ids,
-    read_mooncake,
-    regroup,
-)
+from mlpstorage.kvcache.traces import Trace, check_block_tokens, full_block_ids, open_trace, regroup
 
 _DIGESTED_REQUESTS = 4
 """Requests of each endless user stream that enter the digest."""
@@ -61,7 +55,7 @@ Workload = OpenLoop | ClosedLoop
 def trace_workload(
     path: Path, block_tokens: int, *, time_scale: float, max_requests: int | None, rank: int, ranks: int
 ) -> OpenLoop:
-    """The share of a mooncake trace that `rank` plays: every `ranks`-th request, beginning with its own number.
+    """The share of a trace that `rank` plays: every `ranks`-th request, beginning with its own number.
 
     Reads the trace once, for the digest, so that a broken line shows before anything runs.
 
@@ -79,10 +73,11 @@ def trace_workload(
         AccessError: The file may not be read.
         ConfigurationError: The trace is broken or holds no request for this rank, or `block_tokens` does not fit it.
     """
-    played_tokens = effective_block_tokens(MOONCAKE_BLOCK_TOKENS, block_tokens)
+    trace = open_trace(path)
+    played_tokens = played_block_tokens(trace, block_tokens)
     requests = partial(
         _trace_requests,
-        path,
+        trace,
         played_tokens,
         time_scale=time_scale,
         max_requests=max_requests,
@@ -96,6 +91,19 @@ def trace_workload(
             "lower --num-processes, or raise --max-requests"
         )
     return OpenLoop(requests=requests, block_tokens=played_tokens, digest=digest)
+
+
+def played_block_tokens(trace: Trace, block_tokens: int) -> int:
+    """Tokens of a block as the trace is played: smaller blocks are grouped, equal and larger ones are kept.
+
+    Raises:
+        ConfigurationError: The trace has no blocks, or they are smaller and `block_tokens` is not a multiple of them.
+    """
+    if trace.block_tokens is None:
+        raise ConfigurationError(f"{trace.path}: a {trace.format} trace has no block ids and cannot be played")
+    played_tokens = max(trace.block_tokens, block_tokens)
+    check_block_tokens(trace.block_tokens, played_tokens)
+    return played_tokens
 
 
 def session_workload(mix: Mix, num_users: int, seed: int, block_tokens: int, *, multi_turn: bool = True) -> ClosedLoop:
@@ -117,15 +125,16 @@ def session_workload(mix: Mix, num_users: int, seed: int, block_tokens: int, *, 
 
 
 def _trace_requests(
-    path: Path, block_tokens: int, *, time_scale: float, max_requests: int | None, rank: int, ranks: int
+    trace: Trace, block_tokens: int, *, time_scale: float, max_requests: int | None, rank: int, ranks: int
 ) -> Iterator[Request]:
+    assert trace.block_tokens is not None, "a trace without blocks was refused"
     start_s: float | None = None
-    for number, record in enumerate(read_mooncake(path, max_requests)):
+    for number, record in enumerate(trace.requests(max_requests)):
         if start_s is None:
             start_s = record.timestamp_s
         if number % ranks != rank:
             continue
-        full = full_block_ids(record, MOONCAKE_BLOCK_TOKENS)
+        full = full_block_ids(record, trace)
         yield Request(
             arrival_s=(record.timestamp_s - start_s) * time_scale,
             think_s=0.0,
@@ -134,7 +143,7 @@ def _trace_requests(
             turn=0,
             prompt_tokens=record.input_tokens,
             output_tokens=record.output_tokens,
-            block_ids=regroup(full, MOONCAKE_BLOCK_TOKENS, block_tokens),
+            block_ids=regroup(full, trace.block_tokens, block_tokens),
         )
 
 

@@ -1,4 +1,4 @@
-"""Reading mooncake traces, regrouping their blocks, and playing them as an open loop."""
+"""Reading mooncake traces, regrouping blocks, and playing a trace as an open loop."""
 
 import json
 import os
@@ -9,15 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from mlpstorage.config import TraceFormat
 from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError
-from mlpstorage.kvcache.traces import (
-    MOONCAKE_BLOCK_TOKENS,
-    TraceRecord,
-    effective_block_tokens,
-    full_block_ids,
-    read_mooncake,
-    regroup,
-)
+from mlpstorage.kvcache.traces import TraceRequest, check_block_tokens, full_block_ids, open_trace, regroup
 from mlpstorage.kvcache.workload import OpenLoop, trace_workload
 
 CONVERSATION = Path(__file__).resolve().parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
@@ -35,6 +29,11 @@ def written(path: Path, *lines: str) -> Path:
     """A trace file of the given lines."""
     path.write_text("".join(f"{text}\n" for text in lines))
     return path
+
+
+def read_mooncake(path: Path, max_requests: int | None = None) -> Iterator[TraceRequest]:
+    """The requests of the mooncake trace at `path`."""
+    return open_trace(path, TraceFormat.MOONCAKE).requests(max_requests)
 
 
 def five_requests(path: Path) -> Path:
@@ -71,21 +70,39 @@ def without_root() -> Iterator[None]:
 
 
 class TestReadMooncake:
-    """`read_mooncake`."""
+    """A trace of the mooncake format."""
 
     def test_records_hold_what_the_lines_say(self, tmp_path: Path) -> None:
         """Milliseconds become seconds; the partial last block keeps its id; the line number is the file's."""
         path = written(tmp_path / "t.jsonl", GOOD_LINE, line(1_500.5, 1_024, 0, [4, 2**64 - 1]))
         assert list(read_mooncake(path)) == [
-            TraceRecord(line=1, timestamp_s=0.007, input_tokens=513, output_tokens=9, block_ids=(4, 5)),
-            TraceRecord(line=2, timestamp_s=1.5005, input_tokens=1_024, output_tokens=0, block_ids=(4, 2**64 - 1)),
+            TraceRequest(
+                place="line 1",
+                timestamp_s=0.007,
+                input_tokens=513,
+                output_tokens=9,
+                block_ids=(4, 5),
+                session=0,
+                turn=0,
+                after=(),
+            ),
+            TraceRequest(
+                place="line 2",
+                timestamp_s=1.5005,
+                input_tokens=1_024,
+                output_tokens=0,
+                block_ids=(4, 2**64 - 1),
+                session=1,
+                turn=0,
+                after=(),
+            ),
         ]
 
     def test_blank_lines_and_further_keys_are_passed_over(self, tmp_path: Path) -> None:
         """Blank lines count as lines but not as requests, and a missing newline at the end is no matter."""
         path = tmp_path / "t.jsonl"
         path.write_text(f'\n  \n{GOOD_LINE}\r\n\n{GOOD_LINE[:-1]}, "chat": "x"}}')
-        assert [record.line for record in read_mooncake(path)] == [3, 5]
+        assert [record.place for record in read_mooncake(path)] == ["line 3", "line 5"]
 
     def test_equal_times_are_in_order(self, tmp_path: Path) -> None:
         """Requests of one moment are allowed: the published trace rounds its times."""
@@ -152,10 +169,10 @@ class TestReadMooncake:
         assert len(str(caught.value).splitlines()) == 1
 
     def test_bytes_that_are_no_text_are_refused(self, tmp_path: Path) -> None:
-        """A compressed or damaged file is told as such, not as a traceback."""
-        path = tmp_path / "t.jsonl.gz"
+        """A damaged file is told as such, not as a traceback."""
+        path = tmp_path / "t.jsonl"
         path.write_bytes(GOOD_LINE.encode() + b"\n\x1f\x8b\x08\xff\n")
-        with pytest.raises(ConfigurationError, match=r"line 2: not UTF-8 text; give an uncompressed file"):
+        with pytest.raises(ConfigurationError, match=r"line 2: not UTF-8 text; give a file with"):
             list(read_mooncake(path))
 
     @pytest.mark.parametrize("content", ["", "\n \n\n"])
@@ -183,53 +200,54 @@ class TestReadMooncake:
             list(read_mooncake(path))
         assert caught.value.exit_code == 4
 
-    def test_a_directory_or_a_pipe_is_not_a_trace(self, tmp_path: Path) -> None:
-        """A pipe is refused too, and at once: opening it would wait for a writer, and it cannot be read twice."""
+    def test_a_directory_or_a_pipe_is_not_a_mooncake_trace(self, tmp_path: Path) -> None:
+        """A pipe is refused at once: opening it would wait for a writer, and it cannot be read twice."""
         os.mkfifo(tmp_path / "pipe")
-        for path in (tmp_path, tmp_path / "pipe"):
-            with pytest.raises(ConfigurationError, match="not a regular file"):
-                list(read_mooncake(path))
+        with pytest.raises(ConfigurationError, match="not a regular file"):
+            list(read_mooncake(tmp_path / "pipe"))
+        with pytest.raises(ConfigurationError, match="a mooncake trace is a file, not a directory"):
+            list(read_mooncake(tmp_path))
 
     @pytest.mark.skipif(not CONVERSATION.is_file(), reason=f"the conversation trace is not at {CONVERSATION}")
     def test_the_conversation_trace_is_read_whole(self) -> None:
         """12,031 requests with 288,500 blocks, 182,790 of them different, as published."""
         records = list(read_mooncake(CONVERSATION))
         assert len(records) == 12_031
-        assert sum(len(record.block_ids) for record in records) == 288_500
-        assert len({block_id for record in records for block_id in record.block_ids}) == 182_790
+        assert sum(len(record.block_ids or ()) for record in records) == 288_500
+        assert len({block_id for record in records for block_id in record.block_ids or ()}) == 182_790
 
 
 class TestBlocks:
     """Full blocks and their groups."""
 
-    def test_a_partial_last_block_is_dropped(self) -> None:
+    def test_a_partial_last_block_is_dropped(self, tmp_path: Path) -> None:
         """Only full blocks are stored: 1,025 tokens are two blocks and one token."""
-        for tokens, ids, full in ((1_025, (1, 2, 3), (1, 2)), (1_024, (1, 2), (1, 2)), (511, (1,), ())):
-            record = TraceRecord(line=1, timestamp_s=0.0, input_tokens=tokens, output_tokens=1, block_ids=ids)
-            assert full_block_ids(record, MOONCAKE_BLOCK_TOKENS) == full
+        path = written(tmp_path / "t.jsonl", line(0, 1_025, 1, [1, 2, 3]), line(0, 1_024, 1, [1, 2]), line(0, 511))
+        trace = open_trace(path)
+        assert [full_block_ids(request, trace) for request in trace.requests()] == [(1, 2), (1, 2), ()]
 
     @pytest.mark.parametrize(
-        ("block_tokens", "effective", "groups"),
+        ("block_tokens", "groups"),
+        [(64, (1, 2, 3, 4, 5, 6, 7)), (128, (2, 4, 6)), (192, (3, 6)), (256, (4,)), (448, (7,)), (512, ())],
+    )
+    def test_blocks_are_grouped_upwards(self, block_tokens: int, groups: tuple[int, ...]) -> None:
+        """A group takes the id of its last block, which stands for the whole prefix; an incomplete one is dropped."""
+        check_block_tokens(64, block_tokens)
+        assert regroup((1, 2, 3, 4, 5, 6, 7), 64, block_tokens) == groups
+
+    @pytest.mark.parametrize(
+        ("block_tokens", "what"),
         [
-            (256, 512, (1, 2, 3, 4, 5, 6, 7)),
-            (512, 512, (1, 2, 3, 4, 5, 6, 7)),
-            (1_024, 1_024, (2, 4, 6)),
-            (1_536, 1_536, (3, 6)),
-            (4_096, 4_096, ()),
+            (768, r"--block-tokens 768 is not a multiple of the trace's blocks of 512 tokens; give a multiple"),
+            (256, r"--block-tokens 256 is smaller than .* 512 tokens.* id says nothing of its parts; give 512 or"),
         ],
     )
-    def test_smaller_blocks_are_grouped_and_larger_ones_kept(
-        self, block_tokens: int, effective: int, groups: tuple[int, ...]
-    ) -> None:
-        """A group takes the id of its last block, which stands for the whole prefix; an incomplete one is dropped."""
-        assert effective_block_tokens(512, block_tokens) == effective
-        assert regroup((1, 2, 3, 4, 5, 6, 7), 512, block_tokens) == groups
-
-    def test_block_tokens_that_do_not_fit_name_their_flag(self) -> None:
-        """768 tokens are one and a half blocks of the trace: refused, with the flag to change."""
-        for call in (lambda: effective_block_tokens(512, 768), lambda: regroup((1, 2), 512, 768)):
-            with pytest.raises(ConfigurationError, match=r"--block-tokens 768 .* 512 tokens; give a multiple"):
+    def test_block_tokens_that_do_not_fit_are_refused_with_the_reason(self, block_tokens: int, what: str) -> None:
+        """768 tokens are one and a half blocks of the trace, 256 a half of which nothing is known."""
+        for call in (lambda: check_block_tokens(512, block_tokens), lambda: regroup((1, 2), 512, block_tokens)):
+            with pytest.raises(ConfigurationError, match=what) as caught:
                 call()
+            assert caught.value.exit_code == 5
 
 
 class TestTraceWorkload:
