@@ -15,8 +15,10 @@ from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-_ZSTD_INPUT_BYTES = 1 << 14
-"""Packed bytes that are unpacked at a time: text packed ten to one then takes 160 KiB of memory."""
+_ZSTD_INPUT_BYTES = (64, 1 << 12)
+"""Least and most packed bytes that are unpacked at a time."""
+_ZSTD_OUTPUT_BYTES = 1 << 18
+"""Where they make more than that, fewer are taken the next time: repetitive text packs to nearly nothing."""
 _READ_BYTES = 1 << 20
 
 
@@ -154,6 +156,7 @@ class _Zstd(io.RawIOBase):
         self._raw = raw
         self._zstd = zstd(path)
         self._frame: Any = None
+        self._input_bytes = _ZSTD_INPUT_BYTES[0]
         self._packed = b""
         self._ready = memoryview(b"")
 
@@ -163,7 +166,7 @@ class _Zstd(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - any writable buffer, as in the base class
         while not self._ready:
             if not self._packed:
-                self._packed = self._raw.read(_ZSTD_INPUT_BYTES)
+                self._packed = self._raw.read(self._input_bytes)
                 if not self._packed:
                     if self._frame is not None:
                         raise EOFError
@@ -181,6 +184,11 @@ class _Zstd(io.RawIOBase):
             self._ready = memoryview(self._frame.decompress(self._packed))
         except self._zstd.ZstdError as error:
             raise _CorruptError(str(error)) from error
+        least, most = _ZSTD_INPUT_BYTES
+        if len(self._ready) > _ZSTD_OUTPUT_BYTES:
+            self._input_bytes = max(self._input_bytes // 2, least)
+        else:
+            self._input_bytes = min(self._input_bytes * 2, most)
         self._packed = b""
         if self._frame.eof:
             self._packed = self._frame.unused_data
