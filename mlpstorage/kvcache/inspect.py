@@ -219,7 +219,7 @@ class _Blocks:
         if block_tokens is not None:
             if trace.block_tokens is None:
                 raise ConfigurationError(
-                    f"--block-tokens: a {trace.format} trace has no block ids to group; leave the flag out"
+                    f"--block-tokens: the {trace.format} format has no block ids to group; leave the flag out"
                 )
             check_block_tokens(trace.block_tokens, block_tokens)
         self.block_tokens = block_tokens or trace.block_tokens

@@ -100,7 +100,9 @@ def played_block_tokens(trace: Trace, block_tokens: int) -> int:
         ConfigurationError: The trace has no blocks, or they are smaller and `block_tokens` is not a multiple of them.
     """
     if trace.block_tokens is None:
-        raise ConfigurationError(f"{trace.path}: a {trace.format} trace has no block ids and cannot be played")
+        raise ConfigurationError(
+            f"{trace.path}: the {trace.format} format has no block ids; this version cannot play it"
+        )
     played_tokens = max(trace.block_tokens, block_tokens)
     check_block_tokens(trace.block_tokens, played_tokens)
     return played_tokens

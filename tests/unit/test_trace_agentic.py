@@ -133,7 +133,7 @@ class TestReading:
         """Only agentic traces can be played closed."""
         path = tmp_path / "t"
         path.write_text('{"timestamp": 7, "input_length": 5, "output_length": 9, "hash_ids": [4]}\n')
-        with pytest.raises(ConfigurationError, match="a mooncake trace tells no think times"):
+        with pytest.raises(ConfigurationError, match="the mooncake format tells no think times"):
             list(open_trace(path).sessions())
 
 
@@ -326,7 +326,7 @@ class TestBadInput:
         (tmp_path / "t.jsonl").write_text("{}")
         with pytest.raises(ConfigurationError, match=r"no file \*\.json, \*\.json\.gz or \*\.json\.zst"):
             open_trace(tmp_path)
-        with pytest.raises(ConfigurationError, match="a bailian trace is a file, not a directory"):
+        with pytest.raises(ConfigurationError, match="bailian format is a file, not a directory"):
             open_trace(tmp_path, TraceFormat.BAILIAN)
 
     def test_a_conversation_both_packed_and_unpacked_is_refused(self, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_trace_without_ids_or_of_odd_blocks_is_refused_with_the_reason(tmp_pat
     """Mooncake is a format of ids; blocks of 48 tokens do not make up one of 512."""
     table = tmp_path / "t.csv"
     table.write_text("Timestamp,Request tokens,Response tokens\n1,2,3\n")
-    with pytest.raises(ConfigurationError, match="burstgpt trace has no block ids, and mooncake is a format of"):
+    with pytest.raises(ConfigurationError, match="the burstgpt format has no block ids"):
         convert_trace(table, tmp_path / "out")
     odd = tmp_path / "t.json"
     odd.write_text('{"block_size": 48, "requests": [{"t": 0, "type": "s", "in": 48, "out": 1, "hash_ids": [1]}]}')

@@ -205,7 +205,7 @@ class TestReadMooncake:
         os.mkfifo(tmp_path / "pipe")
         with pytest.raises(ConfigurationError, match="not a regular file"):
             list(read_mooncake(tmp_path / "pipe"))
-        with pytest.raises(ConfigurationError, match="a mooncake trace is a file, not a directory"):
+        with pytest.raises(ConfigurationError, match="mooncake format is a file, not a directory"):
             list(read_mooncake(tmp_path))
 
     @pytest.mark.skipif(not CONVERSATION.is_file(), reason=f"the conversation trace is not at {CONVERSATION}")

@@ -285,7 +285,7 @@ def _document(path: Path) -> dict[str, object]:
         refuse(path, "line 1", "not a JSON object", "an agentic trace is one JSON object a file")
     for key in KEYS:
         if key not in document:
-            refuse(path, "line 1", f"the key {key!r} is missing", f"an agentic trace has {', '.join(KEYS)}")
+            refuse(path, "line 1", f"the key {key!r} is missing", f"the agentic format has {', '.join(KEYS)}")
     return document
 
 

@@ -108,7 +108,7 @@ class _Ids:
     def __init__(self, trace: Trace) -> None:
         if trace.block_tokens is None:
             raise ConfigurationError(
-                f"{trace.path}: a {trace.format} trace has no block ids, and mooncake is a format of block ids; "
+                f"{trace.path}: the {trace.format} format has no block ids, which are what mooncake is about; "
                 "play or inspect the trace as it is"
             )
         if MOONCAKE_BLOCK_TOKENS % trace.block_tokens:

@@ -88,4 +88,4 @@ def require_keys(path: Path, place: str, row: dict[str, object], keys: tuple[str
     """
     for key in keys:
         if key not in row:
-            refuse(path, place, f"the key {key!r} is missing", f"a {trace_format} trace has {', '.join(keys)}")
+            refuse(path, place, f"the key {key!r} is missing", f"the {trace_format} format has {', '.join(keys)}")

@@ -108,7 +108,7 @@ def _requests(
     missing = [name for name in columns.names if name not in names]
     if missing:
         what = f"the column {missing[0]!r} is missing"
-        refuse(path, f"line {first[0]}", what, f"a {trace_format} trace has {', '.join(columns.names)}")
+        refuse(path, f"line {first[0]}", what, f"the {trace_format} format has {', '.join(columns.names)}")
     where = [names.index(name) for name in columns.names]
     session = 0
     for number, raw in rows:

@@ -88,7 +88,9 @@ class Trace:
             ConfigurationError: The trace tells no think times, or see `requests`.
         """
         if not self.has_think_times:
-            raise ConfigurationError(f"{self.path}: a {self.format} trace tells no think times; play it by its times")
+            raise ConfigurationError(
+                f"{self.path}: the {self.format} format tells no think times; play the trace by its times"
+            )
         assert self.block_tokens is not None, "a trace with think times has block ids"
         yield from read_sessions(self.path, self.block_tokens, Counter() if warnings is None else warnings)
 
@@ -114,7 +116,9 @@ def open_trace(path: Path, trace_format: TraceFormat | None = None) -> Trace:
     """
     if is_directory(path):
         if trace_format not in {None, TraceFormat.AGENTIC}:
-            raise ConfigurationError(f"{path}: a {trace_format} trace is a file, not a directory; give the file")
+            raise ConfigurationError(
+                f"{path}: a trace of the {trace_format} format is a file, not a directory; give the file"
+            )
         trace_format = TraceFormat.AGENTIC
     trace_format = trace_format or detect_format(path)
     agentic = trace_format is TraceFormat.AGENTIC
