@@ -10,8 +10,8 @@ BIN    := $(VENV)/bin
 .PHONY: run test lint format bench clean
 
 run: $(VENV)/.installed
-	$(BIN)/mlpstorage kvcache run --model tiny-1b --num-users 64 --generation-mode fast --duration 14 --warmup 3 \
-	  --gpu-mem-gb 0 --cpu-mem-gb 0.25 --storage-gb 3
+	$(BIN)/mlpstorage kvcache run --model tiny-1b --num-users 64 --generation-mode fast \
+	  --prefill-tokens-per-s 20000 --decode-tokens-per-s 50 --duration 14 --warmup 3 --gpu-mem-gb 0 --cpu-mem-gb 0.25 --storage-gb 3
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile

@@ -1,3 +1,3 @@
 """Benchmark suite for the storage of AI systems."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -52,6 +52,28 @@ class GenerationMode(enum.StrEnum):
     REALISTIC = "realistic"
 
 
+class Arrivals(enum.StrEnum):
+    """When requests arrive."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+    SESSION = "session"
+
+
+class Decisions(enum.StrEnum):
+    """When it is decided what a request finds, stores and evicts."""
+
+    ARRIVAL = "arrival"
+    COMPLETION = "completion"
+
+
+class Promotion(enum.StrEnum):
+    """Whether what was found on storage also goes to DRAM."""
+
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 class Accelerator(enum.StrEnum):
     """What computes in the model; its peaks stand in `plan.compute`."""
 

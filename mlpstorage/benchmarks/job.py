@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -20,7 +21,12 @@ from mlpstorage.kvcache.events import Event, Finished, Progress, Refused, Warned
 from mlpstorage.launch.process import JobOutcome
 from mlpstorage.report.progress import ProgressView
 from mlpstorage.results.directory import LOGS_DIR
-from mlpstorage.results.models import RankResult, Sample, Summary
+from mlpstorage.results.summary import (
+    Summary,
+)
+
+if TYPE_CHECKING:
+    from mlpstorage.results.models import RankResult, Sample
 
 _ERROR_OF_CODE: dict[int, type[MLPStorageError]] = {
     int(kind.exit_code): kind

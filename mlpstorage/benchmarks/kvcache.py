@@ -3,6 +3,7 @@
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,14 +19,10 @@ from mlpstorage.cluster.facts import (
 from mlpstorage.cluster.locality import is_local
 from mlpstorage.config import BENCHMARK_TYPES, EXIT_CODE, Layout
 from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError, UsageError
-from mlpstorage.kvcache.pacing import REFERENCE_TOKENS
-from mlpstorage.kvcache.rank import build_workload
-from mlpstorage.kvcache.traces import open_trace
-from mlpstorage.kvcache.workload import played_block_tokens
+from mlpstorage.kvcache.played import build_workload, with_settled_load
 from mlpstorage.launch.command import rank_command, rank_environment, shown
 from mlpstorage.launch.mpi import find_mpi, mpi_version
-from mlpstorage.launch.process import run_job
-from mlpstorage.plan.compute import compute_model, prefill_tokens_per_s
+from mlpstorage.launch.process import JobOutcome, run_job
 from mlpstorage.plan.datasize import data_sizes
 from mlpstorage.plan.kvcache import (
     check_room,
@@ -37,16 +34,30 @@ from mlpstorage.plan.kvcache import (
     with_settled_io,
 )
 from mlpstorage.report.progress import progress_view
-from mlpstorage.results.directory import CACHE_DIR, LOGS_DIR, RANKS_DIR, write_json_atomic, write_jsonl_atomic
+from mlpstorage.results.directory import (
+    CACHE_DIR,
+    LOGS_DIR,
+    RANKS_DIR,
+    TRIALS_DIR,
+    write_json_atomic,
+    write_jsonl_atomic,
+)
 from mlpstorage.results.merge import merge_ranks
-from mlpstorage.results.models import RankResult, Summary
+from mlpstorage.results.models import (
+    RankResult,
+)
+from mlpstorage.results.summary import (
+    Summary,
+    Trials,
+)
+from mlpstorage.results.trials import compared, pooled
 from mlpstorage.spec.fields import Resolved, Source, resolve
 from mlpstorage.spec.kvcache import KVCacheSpec, flag_words
 from mlpstorage.storage.cache_dir import clear_leftovers, leftover_bytes
 from mlpstorage.storage.claim import Removed
 from mlpstorage.storage.location import S3Location
 
-UNBUILT = ("enable_rag", "enable_autoscaling", "closed")
+UNBUILT = ("enable_autoscaling", "closed")
 """Switches that a script's namespace may hold and that have nothing behind them yet: refused where they are set."""
 
 
@@ -73,13 +84,15 @@ class KVCacheBenchmark(Benchmark):
         resolved = resolve(KVCacheSpec, args, config_file=None if config_file is None else Path(config_file))
         self._sources: dict[str, Source] = dict(resolved.sources)
         given_spec = _absolute(resolved)
+        self._layout = layout(given_spec, is_local)
         self._spec = with_settled_io(given_spec)
+        if self.command == "run":
+            self._spec = with_settled_load(self._spec, self._layout.ranks)
         self._sources.update(dict.fromkeys(_changed(given_spec, self._spec), "auto"))
         self._shell = Shell(
             json=bool(given.get("json")), quiet=bool(given.get("quiet")), verbose=bool(given.get("verbose"))
         )
         self._words = words_of(args)
-        self._layout = layout(self._spec, is_local)
         self._summary: Summary | None = None
         self._mpi: str | None = None
 
@@ -118,19 +131,15 @@ class KVCacheBenchmark(Benchmark):
         """The numbers, once there are some."""
         return self._summary
 
-    @property
-    def _block_tokens(self) -> int:
-        """Tokens of one object."""
-        if self._spec.trace is None:
-            return self._spec.block_tokens
-        return played_block_tokens(open_trace(self._spec.trace), self._spec.block_tokens)
-
     def _build_kvcache_command(self, run_id: str | None = None) -> str:
         """The command that runs the ranks, as one would type it."""
         return shown(self._command(run_id))
 
     def _command(self, run_id: str | None) -> list[str]:
-        spec = self._spec.model_copy(update={"cache_dir": self.cache_dir, "warmup": warmup_s(self._spec)})
+        warmup = self._spec.warmup
+        spec = self._spec.model_copy(
+            update={"cache_dir": self.cache_dir, "warmup": warmup_s(self._spec) if warmup is None else warmup}
+        )
         return rank_command(spec, self._layout, run_id=run_id)
 
     def _arguments(self) -> list[str]:
@@ -190,9 +199,9 @@ class KVCacheBenchmark(Benchmark):
         if self._layout.ranks_here:
             if self._cache_path is not None:
                 _check_cache_dir(self._cache_path)
-            self._fit_to_this_machine(self._block_tokens)
+            self._fit_to_this_machine()
 
-    def _fit_to_this_machine(self, block_tokens: int) -> None:
+    def _fit_to_this_machine(self) -> None:
         """Work out the sizes that were left to the program, and refuse what does not fit."""
         space, memory_bytes = self._space(), available_memory_bytes()
         resolved = with_automatic_sizes(
@@ -205,7 +214,7 @@ class KVCacheBenchmark(Benchmark):
         self._spec = resolved
         check_room(
             resolved,
-            sizes(resolved, block_tokens),
+            sizes(resolved),
             memory_free_bytes=memory_bytes,
             storage_free_bytes=None if space is None else space.free_bytes,
             ranks_on_host=self._layout.ranks_here,
@@ -224,11 +233,58 @@ class KVCacheBenchmark(Benchmark):
         return replace(space, free_bytes=space.free_bytes + ours_bytes)
 
     def _perform(self) -> None:
+        trials: list[tuple[RankResult, ...]] = []
+        summaries: list[Summary] = []
+        while len(trials) < self._spec.trials:
+            place = self._trial_place(len(trials))
+            outcome, job = self._run_ranks(place)
+            summary = None
+            if job.ranks:
+                trials.append(job.ranks)
+                summary = self._merged(job.ranks)
+                summaries.append(summary)
+                if place != self.result_dir:
+                    _write_results(place, summary, job.ranks)
+            if summaries:
+                self._conclude(summaries, trials)
+            judge(outcome, job, summary)
+
+    def _trial_place(self, number: int) -> Path:
+        """Where the results of one trial go: a directory of its own where there are several."""
+        if self._spec.trials == 1:
+            return self.result_dir
+        place = self.result_dir / TRIALS_DIR / f"trial_{number + 1}"
+        for directory in (place / RANKS_DIR, place / LOGS_DIR):
+            directory.mkdir(parents=True)
+        self.logger.info("trial %d of %d", number + 1, self._spec.trials)
+        return place
+
+    def _merged(self, ranks: Sequence[RankResult], trials: Trials | None = None) -> Summary:
+        return merge_ranks(
+            ranks,
+            bytes_per_token=self._spec.bytes_per_token,
+            block_tokens=sizes(self._spec).block_tokens,
+            ttft_p95_ms_target=self._spec.ttft_p95_ms_target,
+            trials=trials,
+        )
+
+    def _conclude(self, summaries: Sequence[Summary], trials: Sequence[Sequence[RankResult]]) -> None:
+        """Write what all trials so far come to."""
+        ranks = pooled(trials)
+        if self._cluster_collector is None and not self._layout.ranks_here:
+            facts = {str(rank.host_facts.get("host")): rank.host_facts for rank in ranks}
+            self.cluster_information = cluster_information(list(facts.values()))
+        differ = compared(summaries) if self._spec.trials > 1 else None
+        self._summary = self._merged(ranks, differ)
+        _write_results(self.result_dir, self._summary, ranks)
+
+    def _run_ranks(self, place: Path) -> tuple[JobOutcome, Job]:
+        """Run the ranks once, and clear away what they left in the cache directory."""
         job = Job(
             progress_view(
                 planned_s=warmup_s(self._spec) + self._spec.duration, quiet=self._shell.quiet or self._shell.json
             ),
-            self.result_dir,
+            place,
             self.logger,
         )
         try:
@@ -237,7 +293,7 @@ class KVCacheBenchmark(Benchmark):
             outcome = run_job(
                 self._command(self.run_id),
                 environment=rank_environment(),
-                stderr_path=self.result_dir / LOGS_DIR / "ranks.stderr.log",
+                stderr_path=place / LOGS_DIR / "ranks.stderr.log",
                 on_line=job.line,
             )
         finally:
@@ -245,9 +301,7 @@ class KVCacheBenchmark(Benchmark):
         if job.refusal is None:
             self._clear_leftovers()
         self._remove_own_cache_dir()
-        if job.ranks:
-            self._write_results(job.ranks)
-        judge(outcome, job, self._summary)
+        return outcome, job
 
     def _clear_leftovers(self) -> None:
         """Remove what a rank that was killed had no time to remove; only where it ran on this machine."""
@@ -276,23 +330,6 @@ class KVCacheBenchmark(Benchmark):
             except OSError:
                 self.logger.warning("%s is not empty and stays", where)
 
-    def _write_results(self, ranks: tuple[RankResult, ...]) -> None:
-        self._summary = merge_ranks(
-            ranks,
-            prefill_tokens_per_s=prefill_tokens_per_s(compute_model(self._spec), REFERENCE_TOKENS),
-            bytes_per_token=self._spec.bytes_per_token,
-            ttft_p95_ms_target=self._spec.ttft_p95_ms_target,
-        )
-        if self._cluster_collector is None and not self._layout.ranks_here:
-            facts = {str(rank.host_facts.get("host")): rank.host_facts for rank in ranks}
-            self.cluster_information = cluster_information(list(facts.values()))
-        write_json_atomic(self.result_dir / "summary.json", self._summary)
-        samples = sorted((sample for rank in ranks for sample in rank.samples), key=lambda one: (one.t_s, one.rank))
-        write_jsonl_atomic(self.result_dir / "timeseries.jsonl", samples)
-        for rank in ranks:
-            document = rank.model_dump(mode="json", exclude={"samples"})
-            write_json_atomic(self.result_dir / RANKS_DIR / f"rank_{rank.rank}.json", document)
-
     def _verdict(self) -> EXIT_CODE:
         assert self._summary is not None, "a complete run has numbers"
         return EXIT_CODE.FAILURE if self._spec.fail_on_slo and not self._summary.slo.met else EXIT_CODE.SUCCESS
@@ -312,7 +349,7 @@ class KVCacheBenchmark(Benchmark):
     def _show_plan(self) -> int:
         refusal = self._refusal()
         command = self._command(None)
-        planned = sizes(self._spec, self._block_tokens)
+        planned = sizes(self._spec)
         if self._shell.json:
             print_json({"metadata": self.metadata, "command": command, "ranks": self._layout.ranks, "refusal": refusal})
             return EXIT_CODE.SUCCESS
@@ -336,7 +373,7 @@ class KVCacheBenchmark(Benchmark):
         """Why the planned run would not start on this machine; None where it would, or where it runs elsewhere."""
         try:
             if self._layout.ranks_here:
-                self._fit_to_this_machine(self._block_tokens)
+                self._fit_to_this_machine()
         except ConfigurationError as error:
             return str(error)
         return None
@@ -352,6 +389,15 @@ class KVCacheBenchmark(Benchmark):
 
             sys.stdout.write(data_sizes_text(estimate))
         return EXIT_CODE.SUCCESS
+
+
+def _write_results(place: Path, summary: Summary, ranks: Sequence[RankResult]) -> None:
+    write_json_atomic(place / "summary.json", summary)
+    samples = sorted((sample for rank in ranks for sample in rank.samples), key=lambda one: (one.t_s, one.rank))
+    write_jsonl_atomic(place / "timeseries.jsonl", samples)
+    for rank in ranks:
+        document = rank.model_dump(mode="json", exclude={"samples"})
+        write_json_atomic(place / RANKS_DIR / f"rank_{rank.rank}.json", document)
 
 
 def _clear(place: Path | S3Location, run_id: str) -> Removed | None:

@@ -44,8 +44,8 @@ def _argument(model: type[Spec], name: str, option: Option) -> dict[str, Any]:
         keywords["choices"] = (*option.choices, NONE) if option.none else option.choices
         keywords["help"] = f"{keywords['help']}; one of {', '.join(option.choices)}"
     elif isinstance(value_type, type) and issubclass(value_type, enum.Enum):
-        keywords["type"] = value_type
-        keywords["choices"] = list(value_type)
+        # As texts, so that a wrong one is told what there is; the spec makes values of them.
+        keywords["choices"] = [str(member.value) for member in value_type]
     elif value_type in (int, float) and not option.none:
         keywords["type"] = value_type
     if option.metavar:

@@ -8,16 +8,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlpstorage.config import StorePolicy, Tier
+from mlpstorage.config import Decisions, Promotion, StorePolicy, Tier
+from mlpstorage.kvcache.accelerators import Accelerators
 from mlpstorage.kvcache.block_io import Behind, BlockIO, Submitted
 from mlpstorage.kvcache.dram_tier import DramTier, SlotArena
 from mlpstorage.kvcache.engine_config import EngineConfig
+from mlpstorage.kvcache.first_token import FirstToken
 from mlpstorage.kvcache.index import LruSet, admit, in_touch_order, leading_run
+from mlpstorage.kvcache.operations import Operation, OperationsDigest
 from mlpstorage.kvcache.recorder import Answered, Recorder
 from mlpstorage.kvcache.request import Request
-from mlpstorage.kvcache.storage_tier import StorageTier
+from mlpstorage.kvcache.storage_tier import StorageTier, Taken
 from mlpstorage.kvcache.write_queue import WriteQueue
 from mlpstorage.measure.clock import NS, Clock
+from mlpstorage.measure.reuse import ReuseDistance
 
 Found = dict[Tier, list[int]]
 """Blocks of a leading run, in its order, by the fastest tier that holds each."""
@@ -29,15 +33,40 @@ class Loaded:
 
     Attributes:
         usable: What need not be computed.
-        load_ns: How long the load took; None where nothing was to be loaded.
+        storage_ns: How long the reads took.
+        dram_ns: How much longer the copies took.
+        copies_ns: How long the copies took, from the same begin; 0 without any.
+        end_ns: When the last of them ended.
         skipped: Whether what storage held was too little to be read.
         abandoned: Whether reading it took too long.
     """
 
     usable: Found
-    load_ns: int | None
+    storage_ns: int
+    dram_ns: int
+    copies_ns: int
+    end_ns: int
     skipped: bool
     abandoned: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """A hit that is being loaded.
+
+    Attributes:
+        usable: What need not be computed if all goes well.
+        reads: The reads from storage; None where there are none.
+        copies: The copies from DRAM; None likewise.
+        copied_ns: When these ended, once they have.
+        skipped: Whether what storage held was too little to be read.
+    """
+
+    usable: Found
+    reads: Submitted | None
+    copies: Submitted | None
+    copied_ns: list[int]
+    skipped: bool
 
 
 class Engine:
@@ -51,6 +80,10 @@ class Engine:
         clock: The rank's clock.
         on_failure: Called once for every I/O that failed, but for data that was not what had been written: the recorder
             keeps those failures, the block is forgotten and deleted, and the request fails.
+
+    Attributes:
+        in_flight: Requests that are under way.
+        reuse: How far apart the uses of blocks are.
     """
 
     def __init__(
@@ -69,8 +102,11 @@ class Engine:
         self._behind = Behind(blocks, on_failure)
         self._gpu = LruSet(config.gpu_blocks)
         self._dram = DramTier(config, arena, self._behind)
-        self._storage = StorageTier(config, self._behind)
+        self._operations = OperationsDigest()
+        self._storage = StorageTier(config, self._behind, self._operations)
         self._queue = WriteQueue(config, tier=self._storage, behind=self._behind, recorder=recorder, clock=clock)
+        self.reuse = ReuseDistance()
+        self._accelerators = Accelerators(config.pacing.compute, config.pacing.mode, clock)
         self.in_flight = 0
 
     @property
@@ -88,6 +124,11 @@ class Engine:
         """Blocks in the DRAM tier."""
         return len(self._dram.ready)
 
+    @property
+    def operations_digest(self) -> str:
+        """Digest of all that was looked up, loaded, stored and deleted so far."""
+        return self._operations.hexdigest()
+
     def stored_objects(self) -> list[int]:
         """Ids of the objects of all blocks on storage."""
         return self._storage.objects()
@@ -101,13 +142,31 @@ class Engine:
 
     async def serve(self, request: Request, intended_ns: int) -> None:
         """Play one request, from its intended arrival to its store step. Latency counts from the intended arrival."""
+        begin_ns = self._clock.now_ns()
         self.in_flight += 1
+        taken: list[Taken] | None = None
         try:
             found = self._look_up(request.block_ids)
-            loaded = await self._answer(request, found, intended_ns)
+            looked_up_ns = self._clock.now_ns()
+            self._recorder.took("lookup", begin_ns, looked_up_ns)
+            load = self._begin_load(found)
+            if self._config.decisions is Decisions.ARRIVAL:
+                taken = self._take(request.block_ids, load.usable)
+            loaded = await self._end_load(load, looked_up_ns)
+            if loaded is None:
+                self._recorder.failed(self._clock.now_ns())
+                return
+            cached_tokens = await self._prefill(request, loaded, (intended_ns, begin_ns, looked_up_ns))
+            if taken is not None:
+                # At once, not after the answer: others may wait for it already.
+                self._queue.write(taken)
+                taken = None
+            await self._decode(request, loaded, cached_tokens)
         finally:
             self.in_flight -= 1
-        if loaded is not None:
+            if taken is not None:
+                self._queue.give_up(taken)
+        if self._config.decisions is Decisions.COMPLETION:
             await self._store(request.block_ids, loaded.usable)
 
     async def settle(self) -> None:
@@ -119,49 +178,70 @@ class Engine:
         self._behind.stopping = True
         self._queue.stop()
 
-    async def _answer(self, request: Request, found: Found, intended_ns: int) -> Loaded | None:
-        """Load, prefill and decode; returns what was loaded, None where that failed."""
-        config, clock = self._config, self._clock
-        loaded = await self._load(found)
-        if loaded is None:
-            self._recorder.failed(clock.now_ns())
-            return None
+    async def _prefill(self, request: Request, loaded: Loaded, before_ns: tuple[int, int, int]) -> dict[Tier, int]:
+        """Compute what was not loaded, and the first token; returns the tokens that were cached, by tier.
+
+        Args:
+            request: The request.
+            loaded: What need not be computed.
+            before_ns: When the request should have arrived, when it was begun, and when it had been looked up.
+        """
+        recorder, accelerators = self._recorder, self._accelerators
+        intended_ns, begin_ns, looked_up_ns = before_ns
         cached_tokens = self._cached_tokens(request, loaded.usable)
-        await self._wait(config.pacing.prefill_ns(request.prompt_tokens - sum(cached_tokens.values())))
-        first_token_ns = clock.now_ns()
-        self._recorder.first_token(first_token_ns, first_token_ns - intended_ns)
-        await self._wait(config.pacing.decode_ns(request.output_tokens))
-        saved_ns = config.pacing.recompute_ns(cached_tokens[Tier.CPU] + cached_tokens[Tier.STORAGE])
+        cached = sum(cached_tokens.values())
+        new, read = request.prompt_tokens - cached, cached_tokens[Tier.STORAGE]
+        prefilled = await accelerators.prefill(new, cached)
+        at_ns = self._clock.now_ns()
+        needed_ns = accelerators.prefill_ns(new, cached)
+        without_storage_ns = accelerators.prefill_ns(new + read, cached - read)
+        recorder.first_token(
+            FirstToken(
+                at_ns=at_ns,
+                client_late_ns=begin_ns - intended_ns,
+                lookup_ns=looked_up_ns - begin_ns,
+                storage_load_ns=loaded.storage_ns,
+                dram_load_ns=loaded.dram_ns,
+                copies_ns=loaded.copies_ns,
+                prefill_queue_ns=prefilled.queue_ns,
+                prefill_ns=at_ns - loaded.end_ns - prefilled.queue_ns,
+                storage_load_tokens=read,
+                storage_recompute_ns=None
+                if without_storage_ns is None or needed_ns is None
+                else without_storage_ns - needed_ns,
+                prompt_prefill_ns=accelerators.prefill_ns(request.prompt_tokens, 0),
+                needed_prefill_ns=needed_ns,
+                waits_in_full=self._config.pacing.waits_in_full,
+            )
+        )
+        return cached_tokens
+
+    async def _decode(self, request: Request, loaded: Loaded, cached_tokens: dict[Tier, int]) -> None:
+        """Compute the rest of the answer."""
+        await self._accelerators.decode(request.output_tokens, request.prompt_tokens)
         self._recorder.answered(
             Answered(
-                done_ns=clock.now_ns(),
+                done_ns=self._clock.now_ns(),
                 prompt_tokens=request.prompt_tokens,
                 output_tokens=request.output_tokens,
                 prompt_blocks=len(request.block_ids),
                 cached_tokens=cached_tokens,
                 hit_blocks={tier: len(ids) for tier, ids in loaded.usable.items()},
-                ttft_ns=first_token_ns - intended_ns,
-                ttft_saved_ns=None if loaded.load_ns is None else saved_ns - loaded.load_ns,
                 load_skipped=loaded.skipped,
                 load_abandoned=loaded.abandoned,
             )
         )
-        return loaded
-
-    async def _wait(self, time_ns: int) -> None:
-        if time_ns > 0:
-            await self._clock.sleep_until(self._clock.now_ns() + time_ns)
 
     def _look_up(self, block_ids: Sequence[int]) -> Found:
         """The blocks of the longest leading run."""
-        begin_ns = self._clock.now_ns()
+        self.reuse.touch(block_ids)
         found: Found = {tier: [] for tier in Tier}
         if self._config.prefix_caching:
             gpu, in_dram = self._gpu.ids, self._dram.ready
             for block_id in block_ids[: leading_run(block_ids, (gpu, in_dram, self._storage.stored))]:
                 tier = Tier.GPU if block_id in gpu else Tier.CPU if block_id in in_dram else Tier.STORAGE
                 found[tier].append(block_id)
-        self._recorder.took("lookup", begin_ns, self._clock.now_ns())
+        self._operations.add(Operation.LOOK_UP, (len(block_ids), *map(len, found.values())))
         return found
 
     def _cached_tokens(self, request: Request, usable: Found) -> dict[Tier, int]:
@@ -173,31 +253,41 @@ class Engine:
             tokens[tier] -= 1
         return tokens
 
-    async def _load(self, found: Found) -> Loaded | None:
-        """Read and copy the blocks of a hit, in parallel; None where any failed.
-
-        What storage holds is computed in the place of being read where it is too little, or takes too long.
-        """
-        config = self._config
-        tokens = len(found[Tier.STORAGE]) * config.block_tokens
-        skipped = 0 < tokens <= config.min_load_tokens
+    def _begin_load(self, found: Found) -> Load:
+        """Begin to read and copy the blocks of a hit, in parallel; not what storage holds where that is too little."""
+        tokens = len(found[Tier.STORAGE]) * self._config.block_tokens
+        skipped = 0 < tokens <= self._config.min_load_tokens
         usable = {**found, Tier.STORAGE: []} if skipped else found
-        if not usable[Tier.CPU] and not usable[Tier.STORAGE]:
-            return Loaded(usable=usable, load_ns=None, skipped=skipped, abandoned=False)
-        begin_ns = self._clock.now_ns()
         reads = self._storage.begin_read(usable[Tier.STORAGE]) if usable[Tier.STORAGE] else None
         copies = self._dram.begin_copy_out(usable[Tier.CPU]) if usable[Tier.CPU] else None
+        copied_ns: list[int] = []
+        if copies is not None:
+            copies.finished.add_done_callback(lambda _: copied_ns.append(self._clock.now_ns()))
+        return Load(usable=usable, reads=reads, copies=copies, copied_ns=copied_ns, skipped=skipped)
+
+    async def _end_load(self, load: Load, begin_ns: int) -> Loaded | None:
+        """Wait for a load; None where any of it failed. What takes too long to read is computed instead."""
+        usable, reads, copies = load.usable, load.reads, load.copies
+        tokens = len(usable[Tier.STORAGE]) * self._config.block_tokens
         abandoned = reads is not None and not await self._in_time(reads, tokens)
+        read_ns = begin_ns if reads is None else self._clock.now_ns()
         if copies is not None:
             await asyncio.wait({copies.finished})
         needed = [batch for batch in (None if abandoned else reads, copies) if batch is not None]
         if any(done.error is not None for batch in needed for done in batch.finished.result()):
             return None
-        end_ns = self._clock.now_ns()
-        self._recorder.took("request_load", begin_ns, end_ns)
-        if abandoned:
-            usable = {**usable, Tier.STORAGE: []}
-        return Loaded(usable=usable, load_ns=end_ns - begin_ns, skipped=skipped, abandoned=abandoned)
+        end_ns = read_ns if copies is None else self._clock.now_ns()
+        if reads is not None or copies is not None:
+            self._recorder.took("request_load", begin_ns, end_ns)
+        return Loaded(
+            usable={**usable, Tier.STORAGE: []} if abandoned else usable,
+            storage_ns=read_ns - begin_ns,
+            dram_ns=end_ns - read_ns,
+            copies_ns=load.copied_ns[0] - begin_ns if load.copied_ns else 0,
+            end_ns=end_ns,
+            skipped=load.skipped,
+            abandoned=abandoned,
+        )
 
     async def _in_time(self, reads: Submitted, tokens: int) -> bool:
         """Wait for reads; give up those that have not begun, and return False, where that takes too long."""
@@ -224,16 +314,32 @@ class Engine:
         evicted in that very time is not queued again: the tier is turning over faster than the queue moves, and one
         block more would only push out another.
         """
+        recent, wanted, kept = self._make_recent(block_ids, usable)
+        await self._queue.put(wanted, kept)
+        self._storage.touch(recent)
+
+    def _take(self, block_ids: tuple[int, ...], usable: Found) -> list[Taken]:
+        """The same at arrival: have storage take the blocks now, to be written once they are computed."""
+        recent, wanted, kept = self._make_recent(block_ids, usable)
+        taken = self._queue.take(wanted, kept)
+        self._storage.touch(recent)
+        return taken
+
+    def _make_recent(self, block_ids: tuple[int, ...], usable: Found) -> tuple[list[int], list[int], set[int]]:
+        """Make a request's blocks recent in every tier.
+
+        Returns them in that order, those of them that storage should get, and those that none of them may push out.
+        """
         recent = list(in_touch_order(block_ids, self._config.touch))
-        self._dram.demote(admit(self._gpu, recent), recent)
+        unpromoted = usable[Tier.STORAGE] if self._config.promote is Promotion.NEVER else ()
+        self._dram.demote(admit(self._gpu, recent), recent, unpromoted)
         self._storage.touch(recent)
         # Of a chain longer than the tier only a part would outlive the step; the rest is not written.
         kept = self._storage.kept(block_ids)
         missing = self._missing(block_ids, usable)
         wanted = [block_id for block_id in missing if block_id in kept]
         self._queue.dropped(len(missing) - len(wanted))
-        await self._queue.put(wanted, kept)
-        self._storage.touch(recent)
+        return recent, wanted, kept
 
     def _missing(self, block_ids: Sequence[int], usable: Found) -> list[int]:
         """Blocks of a chain that storage should get, in its order, by the store policy.

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-from mlpstorage.config import Eviction, StorePolicy, TouchOrder, WriteOverflow, WriteSync
+from mlpstorage.config import Decisions, Eviction, Promotion, StorePolicy, TouchOrder, WriteOverflow, WriteSync
 from mlpstorage.kvcache.pacing import Pacing
 
 
@@ -30,6 +30,8 @@ class EngineConfig:
         touch: In which order a request's blocks become recent.
         prefix_caching: Whether anything is looked up.
         pacing: Times of computation and thought.
+        promote: Whether what was found on storage goes to DRAM, where the GPU tier has no room for it.
+        decisions: When it is decided what a request finds, stores and evicts.
         store_policy: From which use on a block is written.
         eviction: What happens where the storage tier is full.
         evict_above: Part of the storage tier, above 0 and up to 1, beyond which it is never filled: what would exceed
@@ -56,6 +58,8 @@ class EngineConfig:
     touch: TouchOrder
     prefix_caching: bool
     pacing: Pacing
+    promote: Promotion
+    decisions: Decisions
     store_policy: StorePolicy
     eviction: Eviction
     evict_above: float

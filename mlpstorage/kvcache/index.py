@@ -15,15 +15,17 @@ class LruSet:
 
     Args:
         capacity_blocks: Most ids that are held; None for no limit.
+        pins: Whether anything can be pinned; if not, `pin` does nothing.
 
     Attributes:
         ids: The ids, oldest first: a view, which is faster to ask than the set itself.
     """
 
-    __slots__ = ("_order", "_pins", "capacity_blocks", "ids")
+    __slots__ = ("_can_pin", "_order", "_pins", "capacity_blocks", "ids")
 
-    def __init__(self, capacity_blocks: int | None = None) -> None:
+    def __init__(self, capacity_blocks: int | None = None, *, pins: bool = True) -> None:
         self.capacity_blocks = capacity_blocks
+        self._can_pin = pins
         self._order: OrderedDict[int, None] = OrderedDict()
         self._pins: dict[int, int] = {}
         self.ids: KeysView[int] = self._order.keys()
@@ -76,7 +78,8 @@ class LruSet:
 
     def pin(self, block_id: int) -> None:
         """Keep `block_id` from eviction until `unpin`."""
-        self._pins[block_id] = self._pins.get(block_id, 0) + 1
+        if self._can_pin:
+            self._pins[block_id] = self._pins.get(block_id, 0) + 1
 
     def unpin(self, block_id: int) -> bool:
         """Take back one `pin`; returns whether none is left."""

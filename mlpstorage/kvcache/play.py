@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import enum
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,12 +14,14 @@ from mlpstorage.kvcache.dram_tier import SlotArena
 from mlpstorage.kvcache.engine import Engine
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.recorder import Recorder
-from mlpstorage.kvcache.request import Request
 from mlpstorage.kvcache.sampler import Sampler
-from mlpstorage.kvcache.workload import OpenLoop, Workload
+from mlpstorage.kvcache.sending import send
+from mlpstorage.kvcache.steadiness import Steadiness
+from mlpstorage.kvcache.workload import Workload
 from mlpstorage.measure.clock import NS, Clock
 from mlpstorage.measure.histogram import Histogram
 from mlpstorage.measure.process import cpu_s, thread_waits_ns, waited_s
+from mlpstorage.measure.reuse import ReuseDistance
 from mlpstorage.results.models import Sample
 from mlpstorage.storage.ops import OpDone
 
@@ -31,6 +33,8 @@ DRAIN_LIMIT_S = 30.0
 
 INTERRUPTED_DRAIN_LIMIT_S = 2.0
 """The same after Ctrl-C or SIGTERM."""
+
+MS = NS // 1000
 
 DropPageCache = Callable[[Sequence[int]], Awaitable[int | None]]
 """Has the system forget cached pages of objects; see `storage.base.BlockStore.drop_page_cache`."""
@@ -59,11 +63,19 @@ class Ending(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Planned lengths of the phases, in nanoseconds."""
+    """Planned lengths of the phases, in nanoseconds.
+
+    Attributes:
+        warmup_ns: Length of the warm-up; the most, where it ends with a steady hit ratio.
+        duration_ns: Length of the measured window.
+        drain_limit_s: How long I/O that was running at the window's end may take to return.
+        until_steady: Whether the warm-up ends as soon as the hit ratio is steady.
+    """
 
     warmup_ns: int
     duration_ns: int
     drain_limit_s: float = DRAIN_LIMIT_S
+    until_steady: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +87,7 @@ class Played:
         error: Why the run failed; None where it did not.
         started_unix_s: Wall-clock time at which the window began, or would have.
         warmup_ns: True length of the warm-up.
+        warmup_steady: Whether the hit ratio was steady at its end; None where that was not waited for.
         drain_ns: Time from the window's end until nothing was running any more.
         in_flight_at_end: Requests without an answer at the window's end.
         cpu_s: Processor time of this process inside the window.
@@ -82,6 +95,8 @@ class Played:
         payload_cpu_s: Processor time of filling, stamping and checking payloads inside the window.
         loop_lag: How late the event loop was inside the window.
         recorder: All counts.
+        reuse: How far apart the uses of blocks were.
+        operations_digest: Digest of all that was looked up, loaded, stored and deleted.
         samples: The time series.
         failures: Messages of the first verification failures of the whole run.
         verify_failures: Number of all of them.
@@ -92,6 +107,7 @@ class Played:
     error: MLPStorageError | None
     started_unix_s: float
     warmup_ns: int
+    warmup_steady: bool | None
     drain_ns: int
     in_flight_at_end: int
     cpu_s: float
@@ -99,6 +115,8 @@ class Played:
     payload_cpu_s: float
     loop_lag: Histogram
     recorder: Recorder
+    operations_digest: str
+    reuse: ReuseDistance
     samples: tuple[Sample, ...]
     failures: tuple[str, ...]
     verify_failures: int
@@ -140,6 +158,7 @@ async def play(
     workload: Workload,
     config: EngineConfig,
     stored_bytes: int,
+    ttft_target_ms: float,
     timing: Timing,
     clock: Clock,
     open_io: Callable[[Callable[[list[OpDone]], None]], DrainableIO],
@@ -156,6 +175,7 @@ async def play(
         workload: What is played.
         config: The engine's.
         stored_bytes: Bytes of an object with padding.
+        ttft_target_ms: Target of the verdict.
         timing: Lengths of the phases.
         clock: The rank's clock.
         open_io: Makes the I/O, given what is to be called with finished operations.
@@ -168,7 +188,11 @@ async def play(
             reused, before the start; returns the bytes dropped, None if unknown. The window begins when it has
             returned. An `OSError` of it fails the run. None where nothing is cached.
     """
-    recorder = Recorder(object_bytes=config.object_bytes, stored_bytes=stored_bytes)
+    recorder = Recorder(
+        object_bytes=config.object_bytes,
+        stored_bytes=stored_bytes,
+        ttft_target_ns=round(ttft_target_ms * MS),
+    )
     blocks = open_io(recorder.operations)
     engine = Engine(config, blocks=blocks, arena=arena, recorder=recorder, clock=clock, on_failure=stop.fail)
     cache = None if drop_page_cache is None else _PageCache(drop_page_cache, engine)
@@ -177,7 +201,7 @@ async def play(
         await _reuse(engine, reused, cache, stop, stopped)
     begin_ns = clock.now_ns()
     begin_unix_s = time.time()
-    if cache is None:
+    if cache is None and not timing.until_steady:
         # Now, so that what ends with the window's first moment is inside, however late the loop is then.
         recorder.open((begin_ns + timing.warmup_ns, begin_ns + timing.warmup_ns + timing.duration_ns))
     lag = Histogram()
@@ -191,8 +215,9 @@ async def play(
         block_bytes=stored_bytes * config.kv_ranks,
         on_sample=on_sample,
     )
-    source = asyncio.create_task(_arrivals(workload, engine, config, clock, begin_ns))
-    window_over = asyncio.create_task(_window(begin_ns, timing, clock, recorder, meter, cache))
+    source = asyncio.create_task(send(workload, engine, config.pacing, clock, begin_ns))
+    steady = Steadiness() if timing.until_steady else None
+    window_over = asyncio.create_task(_window(begin_ns, timing, clock, recorder, meter, cache, steady))
     async with _running(sampler.run(), _probe_lag(clock, recorder, lag)):
         await asyncio.wait({source, window_over, stopped}, return_when=asyncio.FIRST_COMPLETED)
         end_ns = clock.now_ns()
@@ -213,8 +238,9 @@ async def play(
     return Played(
         ending=Ending.FAILED if error is not None else ending,
         error=error,
-        started_unix_s=begin_unix_s + max(warmup_ns, timing.warmup_ns) / NS,
+        started_unix_s=begin_unix_s + (warmup_ns if steady else max(warmup_ns, timing.warmup_ns)) / NS,
         warmup_ns=warmup_ns,
+        warmup_steady=None if steady is None else steady.seen,
         drain_ns=clock.now_ns() - end_ns,
         in_flight_at_end=in_flight,
         cpu_s=cpu_s,
@@ -222,6 +248,8 @@ async def play(
         payload_cpu_s=recorder.payload_ns / NS,
         loop_lag=lag,
         recorder=recorder,
+        operations_digest=engine.operations_digest,
+        reuse=engine.reuse,
         samples=tuple(sampler.samples),
         failures=tuple(recorder.failures),
         verify_failures=recorder.verify_failures,
@@ -255,12 +283,17 @@ async def _window(
     recorder: Recorder,
     meter: "_ProcessorMeter",
     cache: "_PageCache | None",
+    steady: Steadiness | None,
 ) -> None:
     """Return when the measured window is over. It begins when the warm-up is over and what is cached is dropped."""
     start_ns = begin_ns + timing.warmup_ns
-    await clock.sleep_until(start_ns)
-    if cache is not None:
-        await cache.drop()
+    if steady is None:
+        await clock.sleep_until(start_ns)
+    else:
+        await steady.reached(recorder, clock, begin_ns, start_ns)
+    if cache is not None or steady is not None:
+        if cache is not None:
+            await cache.drop()
         start_ns = clock.now_ns()
         recorder.open((start_ns, start_ns + timing.duration_ns))
     meter.start()
@@ -315,37 +348,6 @@ async def _running(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _arrivals(workload: Workload, engine: Engine, config: EngineConfig, clock: Clock, begin_ns: int) -> None:
-    """Send every request at its time; return when all are answered and written."""
-    async with asyncio.TaskGroup() as group:
-        if isinstance(workload, OpenLoop):
-            await _open_loop(workload.requests(), group, engine, clock, begin_ns)
-        else:
-            for user in workload.users:
-                group.create_task(_user(user(), engine, config, clock, begin_ns))
-    await engine.settle()
-
-
-async def _open_loop(
-    requests: Iterator[Request], group: asyncio.TaskGroup, engine: Engine, clock: Clock, begin_ns: int
-) -> None:
-    for request in requests:
-        assert request.arrival_s is not None, "an open loop's requests have arrival times"
-        intended_ns = begin_ns + round(request.arrival_s * NS)
-        await clock.sleep_until(intended_ns)
-        group.create_task(engine.serve(request, intended_ns))
-
-
-async def _user(requests: Iterator[Request], engine: Engine, config: EngineConfig, clock: Clock, begin_ns: int) -> None:
-    """One user of a closed loop: think, ask, wait for the answer."""
-    ready_ns = begin_ns
-    for request in requests:
-        intended_ns = ready_ns + config.pacing.think_ns(request.think_s)
-        await clock.sleep_until(intended_ns)
-        await engine.serve(request, intended_ns)
-        ready_ns = clock.now_ns()
 
 
 async def _probe_lag(clock: Clock, recorder: Recorder, lag: Histogram) -> None:

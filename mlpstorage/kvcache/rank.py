@@ -31,16 +31,17 @@ from mlpstorage.kvcache.cache import (
 )
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.events import EventWriter, Finished, Progress, Refused
-from mlpstorage.kvcache.pacing import pacing_of
+from mlpstorage.kvcache.pacing import Pacing
 from mlpstorage.kvcache.play import DRAIN_LIMIT_S, Ending, Played, Stop, Timing, play
+from mlpstorage.kvcache.played import build_workload
 from mlpstorage.kvcache.process import Signals, die_with_parent, in_daemon
 from mlpstorage.kvcache.ranks import Ranks, find_ranks
 from mlpstorage.kvcache.recorder import counts
-from mlpstorage.kvcache.synthetic import Mix
 from mlpstorage.kvcache.threaded_io import ThreadedIO
-from mlpstorage.kvcache.workload import Workload, session_workload, trace_workload
+from mlpstorage.kvcache.workload import Workload
 from mlpstorage.measure.clock import NS, MonotonicClock
-from mlpstorage.plan.kvcache import Sizes, check_room, sizes, with_automatic_sizes
+from mlpstorage.plan.compute import compute_model
+from mlpstorage.plan.kvcache import Sizes, check_room, sizes, warmup_s, with_automatic_sizes
 from mlpstorage.results.models import (
     HistogramData,
     RankClient,
@@ -48,10 +49,14 @@ from mlpstorage.results.models import (
     RankResult,
     RankWindow,
     RequestCounts,
+    ReuseDistanceData,
+    SignedHistogramData,
     StorageCounts,
+    TtftCounts,
 )
 from mlpstorage.spec.fields import resolve
 from mlpstorage.spec.kvcache import KVCacheSpec
+from mlpstorage.spec.workload import STEADY
 from mlpstorage.storage.arena import DramArena
 from mlpstorage.storage.base import BlockStore
 from mlpstorage.storage.ops import IoEngine
@@ -143,8 +148,8 @@ def _as_refusal(error: OSError) -> MLPStorageError:
 def _prepare(spec: KVCacheSpec, run_id: str, ranks: Ranks, cleanup: contextlib.ExitStack) -> Prepared:
     """Check the host, claim the place and make everything ready; `cleanup` takes it back."""
     workload = build_workload(spec, ranks.rank, ranks.size)
-    place = claim_place(spec, sizes(spec, workload.block_tokens), run_id, ranks, cleanup)
-    spec, planned = _fitted(spec, workload.block_tokens, place, ranks)
+    place = claim_place(spec, sizes(spec), run_id, ranks, cleanup)
+    spec, planned = _fitted(spec, place, ranks)
     store = make_store(spec, planned, place)
     store.open()
     cleanup.callback(store.close)
@@ -172,7 +177,7 @@ def _prepare(spec: KVCacheSpec, run_id: str, ranks: Ranks, cleanup: contextlib.E
     )
 
 
-def _fitted(spec: KVCacheSpec, block_tokens: int, place: Place, ranks: Ranks) -> tuple[KVCacheSpec, Sizes]:
+def _fitted(spec: KVCacheSpec, place: Place, ranks: Ranks) -> tuple[KVCacheSpec, Sizes]:
     """The spec with every size worked out for this host, and the sizes that follow; refused where they do not fit."""
     memory_bytes = available_memory_bytes()
     spec = with_automatic_sizes(
@@ -181,7 +186,7 @@ def _fitted(spec: KVCacheSpec, block_tokens: int, place: Place, ranks: Ranks) ->
         space=place.space,
         ranks_on_host=ranks.ranks_on_host,
     )
-    planned = sizes(spec, block_tokens)
+    planned = sizes(spec)
     check_room(
         spec,
         planned,
@@ -191,22 +196,6 @@ def _fitted(spec: KVCacheSpec, block_tokens: int, place: Place, ranks: Ranks) ->
         where="" if place.claim is None else place.claim.place,
     )
     return spec, planned
-
-
-def build_workload(spec: KVCacheSpec, rank: int, ranks: int) -> Workload:
-    """What `rank` plays."""
-    if spec.trace is not None:
-        return trace_workload(
-            spec.trace,
-            spec.block_tokens,
-            time_scale=spec.time_scale,
-            max_requests=spec.max_requests,
-            rank=rank,
-            ranks=ranks,
-        )
-    return session_workload(
-        Mix(), spec.num_users, spec.seed + rank, spec.block_tokens, multi_turn=not spec.disable_multi_turn
-    )
 
 
 def _agree(
@@ -236,7 +225,6 @@ async def _run(
 ) -> tuple[RankResult, bool]:
     """Play; returns what was measured, and whether the storage hangs."""
     spec, planned = prepared.spec, prepared.planned
-    assert spec.warmup is not None, "worked out"
     stop = Stop()
     loop = asyncio.get_running_loop()
     signals.notify = lambda: loop.call_soon_threadsafe(stop.interrupt)
@@ -248,10 +236,12 @@ async def _run(
         workload=prepared.workload,
         config=_engine_config(spec, planned),
         stored_bytes=planned.stored_bytes,
+        ttft_target_ms=spec.ttft_p95_ms_target,
         timing=Timing(
-            warmup_ns=round(spec.warmup * NS),
+            warmup_ns=round(warmup_s(spec) * NS),
             duration_ns=round(spec.duration * NS),
             drain_limit_s=_drain_limit_s(spec),
+            until_steady=spec.warmup == STEADY,
         ),
         clock=MonotonicClock(),
         open_io=lambda on_operations: ThreadedIO(prepared.io_engine, on_operations),
@@ -277,6 +267,7 @@ def _drain_limit_s(spec: KVCacheSpec) -> float:
 
 
 def _engine_config(spec: KVCacheSpec, planned: Sizes) -> EngineConfig:
+    assert spec.decisions is not None, "settled"
     return EngineConfig(
         block_tokens=planned.block_tokens,
         kv_ranks=planned.kv_ranks,
@@ -286,7 +277,9 @@ def _engine_config(spec: KVCacheSpec, planned: Sizes) -> EngineConfig:
         storage_blocks=planned.storage_blocks or 0,
         touch=spec.touch,
         prefix_caching=not spec.disable_prefix_caching,
-        pacing=pacing_of(spec),
+        pacing=Pacing(mode=spec.generation_mode, compute=compute_model(spec)),
+        promote=spec.promote,
+        decisions=spec.decisions,
         store_policy=spec.store_policy,
         eviction=spec.eviction,
         evict_above=spec.evict_above,
@@ -322,11 +315,20 @@ def _result(
         window=RankWindow(
             start_unix_s=played.started_unix_s,
             warmup_s=played.warmup_ns / NS,
+            warmup_steady=played.warmup_steady,
             measured_s=recorder.measured_ns / NS,
             drain_s=played.drain_ns / NS,
             requests_in_flight_at_end=played.in_flight_at_end,
         ),
         requests=RequestCounts.model_validate(counts(recorder.requests)),
+        first_tokens=TtftCounts.model_validate(counts(recorder.first_tokens)),
+        saved=SignedHistogramData.of(recorder.saved),
+        reuse_distance=ReuseDistanceData(
+            first_uses=played.reuse.first_uses,
+            distances=dict(played.reuse.distances),
+            sample_weight=played.reuse.sample_weight,
+        ),
+        operations_digest=played.operations_digest,
         storage=StorageCounts.model_validate(counts(recorder.window)),
         storage_total=StorageCounts.model_validate(counts(recorder.total)),
         latency={name: HistogramData.of(histogram) for name, histogram in recorder.latency.items()},

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 from mlpstorage.config import Tier
-from mlpstorage.measure.histogram import Histogram
+from mlpstorage.kvcache.first_token import FirstToken, TtftTally
+from mlpstorage.measure.histogram import Histogram, SignedHistogram
 from mlpstorage.results.models import LATENCIES
 from mlpstorage.storage.ops import OpDone, OperationSkippedError, OpKind
 from mlpstorage.storage.payload import VerifyError
@@ -95,8 +96,6 @@ class RequestTally:
     prompt_blocks: int = 0
     cached_tokens: TierTally = field(default_factory=TierTally)
     hit_blocks: TierTally = field(default_factory=TierTally)
-    ttft_saved_ns: int = 0
-    ttft_saved_requests: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +108,6 @@ class Answered:
     prompt_blocks: int
     cached_tokens: dict[Tier, int]
     hit_blocks: dict[Tier, int]
-    ttft_ns: int
-    ttft_saved_ns: int | None
     load_skipped: bool
     load_abandoned: bool
 
@@ -129,6 +126,7 @@ class Recorder:
     Args:
         object_bytes: Payload of one object.
         stored_bytes: The same with padding.
+        ttft_target_ns: Target of the verdict.
         window_ns: First and last-but-one nanosecond of the measured window, by the rank's clock; None where that is
             not known yet, so that nothing lies inside.
 
@@ -137,14 +135,19 @@ class Recorder:
         total: The same of the whole run.
         requests: Requests inside the window.
         total_requests: The same of the whole run.
+        first_tokens: First tokens inside the window.
+        saved: What the cache saved each of them.
         latency: The latencies inside the window, by name.
         payload_ns: Processor time inside the window that payloads took.
         verify_failures: Reads of the whole run that did not get what had been written, copies from DRAM among them.
         failures: Messages of the first `FAILURES_KEPT` of them.
     """
 
-    def __init__(self, *, object_bytes: int, stored_bytes: int, window_ns: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, *, object_bytes: int, stored_bytes: int, ttft_target_ns: int, window_ns: tuple[int, int] | None = None
+    ) -> None:
         self._object_bytes = object_bytes
+        self._ttft_target_ns = ttft_target_ns
         self._padding_bytes = stored_bytes - object_bytes
         self._start_ns, self._end_ns = window_ns or (0, 0)
         self.payload_ns = 0
@@ -154,6 +157,8 @@ class Recorder:
         self.total = StorageTally()
         self.requests = RequestTally()
         self.total_requests = RequestTally()
+        self.first_tokens = TtftTally()
+        self.saved = SignedHistogram()
         self.latency = {name: Histogram() for name in LATENCIES}
 
     def inside(self, at_ns: int) -> bool:
@@ -211,10 +216,22 @@ class Recorder:
         if self.inside(request.done_ns):
             self._count(self.requests, request)
 
-    def first_token(self, at_ns: int, ttft_ns: int) -> None:
+    def first_token(self, token: FirstToken) -> None:
         """Count a time to first token."""
-        if self.inside(at_ns):
-            self.latency["ttft"].record(ttft_ns)
+        if not self.inside(token.at_ns):
+            return
+        self.first_tokens.add(token, self._ttft_target_ns)
+        self.latency["ttft"].record(token.ttft_ns)
+        self.latency["client_late"].record(token.client_late_ns)
+        self.latency["prefill_queue"].record(token.prefill_queue_ns)
+        if token.storage_load_tokens:
+            self.latency["storage_load"].record(token.storage_load_ns)
+        if token.without_cache_ns is not None:
+            self.latency["ttft_without_cache"].record(token.without_cache_ns)
+        if token.without_storage_ns is not None:
+            self.latency["ttft_without_storage"].record(token.without_storage_ns)
+        if token.saved_ns is not None:
+            self.saved.record(token.saved_ns)
 
     def failed(self, at_ns: int) -> None:
         """Count a request that failed."""
@@ -251,11 +268,8 @@ class Recorder:
         for tier in Tier:
             tally.cached_tokens.add(tier, request.cached_tokens[tier])
             tally.hit_blocks.add(tier, request.hit_blocks[tier])
-        if request.ttft_saved_ns is not None:
-            tally.ttft_saved_ns += request.ttft_saved_ns
-            tally.ttft_saved_requests += 1
 
 
-def counts(tally: StorageTally | RequestTally) -> dict[str, object]:
+def counts(tally: StorageTally | RequestTally | TtftTally) -> dict[str, object]:
     """The tally's fields, for a result model."""
     return asdict(tally)

@@ -2,15 +2,17 @@
 
 import asyncio
 import math
-from collections.abc import Collection, Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from mlpstorage.config import Eviction, StorePolicy, WriteSync
+from mlpstorage.config import Decisions, Eviction, StorePolicy, WriteSync
 from mlpstorage.kvcache.block_io import Behind, Submitted
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.index import Findable, LruSet, in_touch_order
-from mlpstorage.storage.ops import Lane, Op, OpDone, OpKind
+from mlpstorage.kvcache.operations import Operation, OperationsDigest
+from mlpstorage.kvcache.order import Ended, LaterBatch, Order
+from mlpstorage.storage.ops import Chain, Lane, Op, OpDone, OperationSkippedError, OpKind
 from mlpstorage.storage.payload import VerifyError
 
 USED_BEFORE_BLOCKS = 1 << 20
@@ -20,10 +22,15 @@ recently used are forgotten first, and their next use counts as the first."""
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Blocks that the tier has taken and that must be written, once the deletes in `waits` have ended."""
+    """Blocks that the tier has taken and that must be written, once what is in `waits` has ended.
+
+    `ended` is done when they are written, or never will be, and tells the objects that are not there then; None where
+    nobody waits for that.
+    """
 
     block_ids: list[int]
-    waits: set[asyncio.Task[None]]
+    waits: set[Ended]
+    ended: asyncio.Future[frozenset[int]] | None = None
 
 
 class StorageTier:
@@ -32,16 +39,21 @@ class StorageTier:
     Args:
         config: Capacity and policies.
         behind: The I/O.
+        operations: What takes in the loads, stores and deletes.
 
     Attributes:
-        stored: Blocks whose objects are all written (and synced, where batches are): those that a look-up finds.
+        stored: The blocks that a look-up finds: those whose objects are all written (and synced, where batches are);
+            where decisions are made at arrival all, since reads then wait for the writes they need.
         most_blocks: Most blocks that it ever holds.
     """
 
-    def __init__(self, config: EngineConfig, behind: Behind) -> None:
+    def __init__(self, config: EngineConfig, behind: Behind, operations: OperationsDigest) -> None:
         self._config = config
+        self._operations = operations
         self._behind = behind
-        self._lru = LruSet()
+        self._ordered = config.decisions is Decisions.ARRIVAL
+        self._order = Order()
+        self._lru = LruSet(pins=not self._ordered)
         self._unready: set[int] = set()
         self._damaged: set[int] = set()
         self._deleting: dict[int, asyncio.Task[None]] = {}
@@ -58,7 +70,8 @@ class StorageTier:
 
     def objects(self) -> list[int]:
         """Ids of all objects of the blocks on storage."""
-        return list(self._config.objects(list(self.stored)))
+        written = [block_id for block_id in self.stored if not self._order.changing(block_id)]
+        return list(self._config.objects(written))
 
     def lacking(self, block_ids: Iterable[int]) -> list[int]:
         """Those that are neither on storage nor on their way there, in their order."""
@@ -96,17 +109,34 @@ class StorageTier:
         """Read blocks of a hit, which stay until the last of their reads has ended, whoever waits for that."""
         for block_id in block_ids:
             self._lru.pin(block_id)
+        self._operations.add(Operation.LOAD, block_ids)
         reads = [Op(OpKind.READ, object_id) for object_id in self._config.objects(block_ids)]
         length = self._config.load_batch or len(reads)
         chains = [reads[begin : begin + length] for begin in range(0, len(reads), length)]
-        batch = self._behind.blocks.begin(chains, Lane.LOAD)
+        waits = self._order.before_read(block_ids)
+        batch: Submitted
+        if waits:
+            changes = self._changes(block_ids)
+            batch = LaterBatch(waits, partial(self._begin_late, changes, chains), partial(_unread, reads))
+        else:
+            batch = self._behind.blocks.begin(chains, Lane.LOAD)
+        if self._ordered:
+            self._order.reads(block_ids, batch.finished)
         batch.finished.add_done_callback(partial(self._read_ended, block_ids))
         return batch
+
+    def _begin_late(self, changes: Mapping[int, Ended], chains: Sequence[Chain]) -> Submitted | None:
+        """Begin reads that had to wait for writes; None where a block was not written after all."""
+        if self._behind.stopping or self._missing(changes):
+            return None
+        return self._behind.blocks.begin(chains, Lane.LOAD)
 
     def _read_ended(self, block_ids: Sequence[int], finished: asyncio.Future[list[OpDone]]) -> None:
         done = [] if finished.cancelled() else finished.result()
         failed = [one for one in done if one.error is not None]
         wrong = {one.op.object_id // self._config.kv_ranks for one in failed if isinstance(one.error, VerifyError)}
+        # What is changing waits for this read: the block was evicted since, and perhaps taken again.
+        wrong = {block_id for block_id in wrong if not self._order.changing(block_id)}
         self._unready |= wrong
         self._damaged |= wrong
         unread = []
@@ -137,20 +167,39 @@ class StorageTier:
         for block_id in in_touch_order(taken, config.touch):
             self._lru.insert(block_id)
             self._lru.pin(block_id)
-            self._unready.add(block_id)
+        if not self._ordered:
+            self._unready.update(taken)
+        self._operations.add(Operation.STORE, taken)
         if self._remembers_uses:
             for block_id in taken:
                 self._used_before.discard(block_id)
-        waits = {self._deleting[block_id] for block_id in taken if block_id in self._deleting}
+        waits: set[Ended] = {self._deleting[block_id] for block_id in taken if block_id in self._deleting}
         # What is being deleted takes room until it is gone. Its own victims are room enough for as many blocks;
         # otherwise it is the room of others, of which it is not known how much is spoken for.
         if taken and len(self._lru) + len(self._deleting) > config.storage_blocks:
             enough = len(evicted) >= len(taken)
             waits.update([self._deleting[evicted[0]]] if enough else self._deleting.values())
-        return Taken(taken, waits)
+        if not self._ordered:
+            return Taken(taken, waits)
+        ended: asyncio.Future[frozenset[int]] = asyncio.get_running_loop().create_future()
+        self._order.changes(taken, ended)
+        return Taken(taken, waits, ended)
 
-    async def write(self, block_ids: Sequence[int]) -> dict[int, int]:
+    def give_up(self, taken: Taken) -> None:
+        """Forget blocks that were taken and will not be written."""
+        for block_id in self._still(taken, taken.block_ids):
+            self._forget(block_id)
+        # Who has taken their room must wait for what they would have waited for: until then it is no room.
+        self._behind.spawn(self._end_without_write(taken))
+
+    async def _end_without_write(self, taken: Taken) -> None:
+        if taken.waits:
+            await asyncio.wait(taken.waits)
+        _end(taken, self._config.objects(taken.block_ids))
+
+    async def write(self, taken: Taken) -> dict[int, int]:
         """Write blocks that were taken; returns when each that succeeded was complete, in nanoseconds."""
+        block_ids = taken.block_ids
         finished = await self._store_objects(OpKind.WRITE, block_ids)
         ended_ns = self._complete(block_ids, finished)
         synced: list[OpDone] = []
@@ -161,9 +210,20 @@ class StorageTier:
         for block_id in block_ids:
             self._lru.unpin(block_id)
         self._unready.difference_update(ended_ns)
-        self._remove(failed, finished)
+        missing: set[int] = set()
+        if failed:
+            written = {done.op.object_id for done in finished if done.error is None}
+            missing.update(one for one in self._config.objects(failed) if one not in written)
+            self._remove(self._still(taken, failed), written)
+        _end(taken, missing)
         self._behind.report([*finished, *synced])
         return ended_ns
+
+    def _still(self, taken: Taken, block_ids: Sequence[int]) -> Sequence[int]:
+        """Those of the blocks that have not been evicted, and perhaps taken again, since they were taken."""
+        if taken.ended is None:
+            return block_ids
+        return [block_id for block_id in block_ids if self._order.last_change(block_id) is taken.ended]
 
     async def _store_objects(self, kind: OpKind, block_ids: Collection[int]) -> list[OpDone]:
         return await self._behind.run([(Op(kind, one),) for one in self._config.objects(block_ids)])
@@ -181,13 +241,10 @@ class StorageTier:
                 complete[block_id] = max(known_ns)
         return complete
 
-    def _remove(self, block_ids: Sequence[int], finished: Sequence[OpDone]) -> None:
+    def _remove(self, block_ids: Sequence[int], written: Container[int]) -> None:
         """Forget blocks that were not written whole, and delete those of their objects that were."""
-        if not block_ids:
-            return
         for block_id in block_ids:
             self._forget(block_id)
-        written = {done.op.object_id for done in finished if done.error is None}
         parts = [one for one in self._config.objects(block_ids) if one in written]
         if parts:
             self._begin_delete(block_ids, parts)
@@ -198,22 +255,65 @@ class StorageTier:
 
     def _delete(self, block_ids: Sequence[int]) -> asyncio.Task[None]:
         """Begin to delete blocks from storage, as one batch."""
+        self._operations.add(Operation.DELETE, block_ids)
         if self._remembers_uses:
             for block_id in block_ids:
                 self._used_before.insert(block_id)
         return self._begin_delete(block_ids, self._config.objects(block_ids))
 
     def _begin_delete(self, block_ids: Sequence[int], object_ids: Collection[int]) -> asyncio.Task[None]:
-        task = self._behind.spawn(self._delete_objects(block_ids, object_ids))
+        waits = self._order.before_change(block_ids)
+        changes = self._changes(block_ids)
+        task = self._behind.spawn(self._delete_objects(block_ids, object_ids, waits, changes))
+        if self._ordered:
+            self._order.changes(block_ids, task)
         for block_id in block_ids:
             self._deleting[block_id] = task
         return task
 
-    async def _delete_objects(self, block_ids: Sequence[int], object_ids: Collection[int]) -> None:
+    async def _delete_objects(
+        self,
+        block_ids: Sequence[int],
+        object_ids: Collection[int],
+        waits: Collection[Ended],
+        changes: Mapping[int, Ended],
+    ) -> None:
+        if waits:
+            await asyncio.wait(waits)
+            missing = self._missing(changes)
+            object_ids = [one for one in object_ids if one not in missing]
         finished = await self._behind.run([(Op(OpKind.DELETE, one),) for one in object_ids])
         for block_id in block_ids:
-            self._deleting.pop(block_id, None)
+            # Where it was taken and thrown out again meanwhile, another task deletes it.
+            if self._deleting.get(block_id) is asyncio.current_task():
+                del self._deleting[block_id]
         self._behind.report(finished)
+
+    def _changes(self, block_ids: Iterable[int]) -> dict[int, Ended]:
+        """The last change of each block of which one was decided and has not ended."""
+        changes = ((block_id, self._order.last_change(block_id)) for block_id in block_ids)
+        return {block_id: change for block_id, change in changes if change is not None}
+
+    def _missing(self, changes: Mapping[int, Ended]) -> set[int]:
+        """The objects of blocks that were to be written by those changes, which have ended, and were not."""
+        missing: set[int] = set()
+        for block_id, change in changes.items():
+            unwritten = None if change.cancelled() or change.exception() is not None else change.result()
+            if isinstance(unwritten, frozenset):
+                missing.update(unwritten.intersection(self._config.objects((block_id,))))
+        return missing
+
+
+def _end(taken: Taken, missing: Collection[int]) -> None:
+    """Let those go on who wait for the blocks, and tell them which objects are not there."""
+    if taken.ended is not None and not taken.ended.done():
+        taken.ended.set_result(frozenset(missing))
+
+
+def _unread(reads: Sequence[Op]) -> list[OpDone]:
+    """What becomes of reads of blocks that were not written."""
+    error = OperationSkippedError("a block that it needed was not written")
+    return [OpDone(op, 0, 0, 0, None, 0, error) for op in reads]
 
 
 def _part(part: float, blocks: int) -> int:

@@ -2,21 +2,24 @@
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
-from pathlib import Path
+from itertools import chain, cycle, islice, tee
 
+from mlpstorage.config import Arrivals
 from mlpstorage.errors import ConfigurationError
+from mlpstorage.kvcache.arrivals import at_rate, poisson_s, spread
 from mlpstorage.kvcache.request import Request
-from mlpstorage.kvcache.synthetic import Mix, user_requests
-from mlpstorage.kvcache.traces import Trace, check_block_tokens, full_block_ids, open_trace, regroup
+from mlpstorage.kvcache.synthetic import Mix, user_requests, with_prefixes
+from mlpstorage.kvcache.traces import After, Trace, TraceRequest, check_block_tokens, full_block_ids, regroup
 
 _DIGESTED_REQUESTS = 4
 """Requests of each endless user stream that enter the digest."""
 
 _HEAD = struct.Struct("<ddqqqqqq")
+_AFTER = struct.Struct("<qd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,12 +28,10 @@ class OpenLoop:
 
     Attributes:
         requests: Opens the stream anew, in order of arrival. Reading it may raise what reading the trace raises.
-        block_tokens: Tokens of a block.
-        digest: SHA-256 of the whole stream, as hex digits.
+        digest: SHA-256 of the whole stream, or of the first requests of one that has no end, as hex digits.
     """
 
     requests: Callable[[], Iterator[Request]]
-    block_tokens: int
     digest: str
 
 
@@ -40,131 +41,274 @@ class ClosedLoop:
 
     Attributes:
         users: For each user, what opens the endless stream of their requests anew.
-        block_tokens: Tokens of a block.
         digest: SHA-256 of the first requests of every user, as hex digits.
     """
 
     users: tuple[Callable[[], Iterator[Request]], ...]
-    block_tokens: int
     digest: str
 
 
-Workload = OpenLoop | ClosedLoop
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """Requests that wait for each other's answers.
+
+    Attributes:
+        start_s: When it begins, seconds since the workload's start.
+        steps: Its requests, in order of their turns, and what each waits for; the first of all for nothing.
+    """
+
+    start_s: float
+    steps: tuple[tuple[Request, tuple[After, ...]], ...]
 
 
-def trace_workload(
-    path: Path, block_tokens: int, *, time_scale: float, max_requests: int | None, rank: int, ranks: int
-) -> OpenLoop:
-    """The share of a trace that `rank` plays: every `ranks`-th request, beginning with its own number.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionLoop:
+    """Sessions, each of which goes on a pause after its last answer.
+
+    Attributes:
+        sessions: Opens the stream of sessions anew, in the trace's order. Reading it may raise what reading the trace
+            raises.
+        users: How many users play one session after the other, whatever their starts; None where each session begins
+            at its own start.
+        digest: SHA-256 of all sessions, as hex digits.
+    """
+
+    sessions: Callable[[], Iterator[Session]]
+    users: int | None
+    digest: str
+
+
+Workload = OpenLoop | ClosedLoop | SessionLoop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracePlay:
+    """How a trace is played, by all ranks together.
+
+    Attributes:
+        arrivals: When its requests arrive.
+        block_tokens: Tokens of a block.
+        time_scale: What its times are multiplied by: 0.1 plays it ten times as fast. Times count from the trace's
+            first request, whichever rank plays it.
+        spread_s: Each request is delayed by a random time below this, in the trace's seconds.
+        request_rate_per_s: Requests a second at random times, in the place of the trace's times; None for these.
+        max_requests: The first so many requests are played; None for all.
+        seed: Of what is random: one for all ranks.
+        users: Users of each rank, for a closed loop.
+    """
+
+    arrivals: Arrivals
+    block_tokens: int
+    time_scale: float = 1.0
+    spread_s: float = 0.0
+    request_rate_per_s: float | None = None
+    max_requests: int | None = None
+    seed: int = 0
+    users: int = 1
+
+
+def trace_workload(trace: Trace, play: TracePlay, *, rank: int, ranks: int) -> OpenLoop | SessionLoop:
+    """The share of a trace that `rank` plays: every `ranks`-th session, beginning with its own number.
 
     Reads the trace once, for the digest, so that a broken line shows before anything runs.
-
-    Args:
-        path: The trace.
-        block_tokens: Tokens of a block, as asked for; a trace with larger blocks keeps its own.
-        time_scale: What the trace's times are multiplied by: 0.1 plays it ten times as fast. Times count from the
-            trace's first record, whichever rank plays it.
-        max_requests: Play only so many requests of the trace, all ranks together; None for all.
-        rank: Number of this rank.
-        ranks: Number of all ranks.
 
     Raises:
         MissingFileError: There is no such file.
         AccessError: The file may not be read.
-        ConfigurationError: The trace is broken or holds no request for this rank, or `block_tokens` does not fit it.
+        ConfigurationError: The trace is broken, holds no request for this rank, tells no pauses that its sessions
+            could be played by, or has blocks that do not fit.
     """
-    trace = open_trace(path)
-    played_tokens = played_block_tokens(trace, block_tokens)
-    requests = partial(
-        _trace_requests,
-        trace,
-        played_tokens,
-        time_scale=time_scale,
-        max_requests=max_requests,
-        rank=rank,
-        ranks=ranks,
-    )
-    digest = _digest(f"open loop, {played_tokens} tokens a block", requests())
-    if next(requests(), None) is None:
+    if trace.block_tokens is not None:
+        check_block_tokens(trace.block_tokens, play.block_tokens)
+    if play.arrivals is Arrivals.SESSION and not trace.has_think_times:
         raise ConfigurationError(
-            f"{path}: the trace has no request left for rank {rank} of {ranks}; "
+            f"--arrivals session: format {trace.format} tells no pauses between an answer and the next request; "
+            "use --arrivals open or closed"
+        )
+    loop = _open_loop(trace, play, rank, ranks) if play.arrivals is Arrivals.OPEN else _loop(trace, play, rank, ranks)
+    first: object = next(loop.requests() if isinstance(loop, OpenLoop) else loop.sessions(), None)
+    if first is None:
+        raise ConfigurationError(
+            f"{trace.path}: the trace has nothing left for rank {rank} of {ranks}; "
             "lower --num-processes, or raise --max-requests"
         )
-    return OpenLoop(requests=requests, block_tokens=played_tokens, digest=digest)
+    return loop
 
 
-def played_block_tokens(trace: Trace, block_tokens: int) -> int:
-    """Tokens of a block as the trace is played: smaller blocks are grouped, equal and larger ones are kept.
-
-    Raises:
-        ConfigurationError: The trace has no blocks, or they are smaller and `block_tokens` is not a multiple of them.
-    """
-    if trace.block_tokens is None:
-        raise ConfigurationError(
-            f"{trace.path}: the {trace.format} format has no block ids; this version cannot play it"
-        )
-    played_tokens = max(trace.block_tokens, block_tokens)
-    check_block_tokens(trace.block_tokens, played_tokens)
-    return played_tokens
-
-
-def session_workload(mix: Mix, num_users: int, seed: int, block_tokens: int, *, multi_turn: bool = True) -> ClosedLoop:
-    """Synthetic users of one rank.
+def user_workload(mix: Mix, num_users: int, seed: int, block_tokens: int, *, multi_turn: bool = True) -> ClosedLoop:
+    """Synthetic users of one rank, in a closed loop.
 
     Args:
-        mix: Which kinds of sessions they hold.
+        mix: What they do.
         num_users: Number of users.
         seed: Seed of this rank; another rank must have another one, or its users are the same people.
         block_tokens: Tokens of a block.
         multi_turn: False ends every session after its first request.
     """
-    users = tuple(
+    users = _users(mix, num_users, seed, block_tokens, multi_turn=multi_turn)
+    firsts = chain.from_iterable(islice(user(), _DIGESTED_REQUESTS) for user in users)
+    return ClosedLoop(users=users, digest=_digest(f"closed loop, {block_tokens} tokens a block, {mix}", firsts))
+
+
+def user_arrivals(
+    mix: Mix, num_users: int, seed: int, block_tokens: int, *, rate_per_s: float, multi_turn: bool = True
+) -> OpenLoop:
+    """The same users in an open loop: they ask in turn, at random times, whether they have an answer or not.
+
+    Args:
+        mix: What they do.
+        num_users: Number of users.
+        seed: Seed of this rank.
+        block_tokens: Tokens of a block.
+        rate_per_s: Requests a second of this rank.
+        multi_turn: False ends every session after its first request.
+    """
+    users = _users(mix, num_users, seed, block_tokens, multi_turn=multi_turn)
+
+    def requests() -> Iterator[Request]:
+        for stream, at_s in zip(cycle([user() for user in users]), poisson_s(rate_per_s, seed), strict=False):
+            yield _arriving(next(stream), at_s)
+
+    firsts = islice(requests(), _DIGESTED_REQUESTS * num_users)
+    return OpenLoop(requests=requests, digest=_digest(f"open loop, {block_tokens} tokens a block, {mix}", firsts))
+
+
+def _users(
+    mix: Mix, num_users: int, seed: int, block_tokens: int, *, multi_turn: bool
+) -> tuple[Callable[[], Iterator[Request]], ...]:
+    return tuple(
         partial(user_requests, mix, seed, user, block_tokens, multi_turn=multi_turn) for user in range(num_users)
     )
-    firsts = chain.from_iterable(islice(user(), _DIGESTED_REQUESTS) for user in users)
-    digest = _digest(f"closed loop, {block_tokens} tokens a block, {mix}", firsts)
-    return ClosedLoop(users=users, block_tokens=block_tokens, digest=digest)
 
 
-def _trace_requests(
-    trace: Trace, block_tokens: int, *, time_scale: float, max_requests: int | None, rank: int, ranks: int
-) -> Iterator[Request]:
-    assert trace.block_tokens is not None, "a trace without blocks was refused"
-    start_s: float | None = None
-    for number, record in enumerate(trace.requests(max_requests)):
-        if start_s is None:
-            start_s = record.timestamp_s
-        if number % ranks != rank:
-            continue
-        full = full_block_ids(record, trace)
-        yield Request(
-            arrival_s=(record.timestamp_s - start_s) * time_scale,
-            think_s=0.0,
-            user=number,
-            session=0,
-            turn=0,
-            prompt_tokens=record.input_tokens,
-            output_tokens=record.output_tokens,
-            block_ids=regroup(full, trace.block_tokens, block_tokens),
+def _arriving(request: Request, at_s: float) -> Request:
+    return Request(
+        arrival_s=at_s,
+        think_s=0.0,
+        user=request.user,
+        session=request.session,
+        turn=request.turn,
+        prompt_tokens=request.prompt_tokens,
+        output_tokens=request.output_tokens,
+        block_ids=request.block_ids,
+    )
+
+
+def _open_loop(trace: Trace, play: TracePlay, rank: int, ranks: int) -> OpenLoop:
+    def requests() -> Iterator[Request]:
+        timed = _with_ids(trace, play, trace.requests(play.max_requests))
+        start_s: float | None = None
+        if play.request_rate_per_s is not None:
+            timed, start_s = at_rate(timed, play.request_rate_per_s, play.seed), 0.0
+        elif play.spread_s:
+            timed = spread(timed, play.spread_s, play.seed)
+        for one in timed:
+            if start_s is None:
+                start_s = one.timestamp_s
+            if one.session % ranks == rank:
+                yield _request(trace, play, one, (one.timestamp_s - start_s) * play.time_scale)
+
+    return OpenLoop(requests=requests, digest=_digest(f"open loop, {play.block_tokens} tokens a block", requests()))
+
+
+def _loop(trace: Trace, play: TracePlay, rank: int, ranks: int) -> SessionLoop:
+    """Sessions with pauses; where the trace tells none, every request is a session of its own."""
+    most = None if play.max_requests is None else Counter(one.session for one in trace.requests(play.max_requests))
+
+    def sessions() -> Iterator[Session]:
+        whole = trace.sessions() if trace.has_think_times else _alone(trace, play)
+        for number, steps in enumerate(whole):
+            kept = steps if most is None else steps[: most[steps[0].session]]
+            if number % ranks != rank or not kept:
+                continue
+            yield Session(
+                start_s=steps[0].timestamp_s * play.time_scale,
+                steps=tuple(
+                    (
+                        _request(trace, play, step, None),
+                        tuple(After(turn=one.turn, pause_s=one.pause_s * play.time_scale) for one in step.after),
+                    )
+                    for step in kept
+                ),
+            )
+
+    header = f"sessions, {play.block_tokens} tokens a block"
+    users = play.users if play.arrivals is Arrivals.CLOSED else None
+    return SessionLoop(sessions=sessions, users=users, digest=_sessions_digest(header, sessions()))
+
+
+def _alone(trace: Trace, play: TracePlay) -> Iterator[tuple[TraceRequest, ...]]:
+    return ((one,) for one in _with_ids(trace, play, trace.requests(play.max_requests)))
+
+
+def _with_ids(trace: Trace, play: TracePlay, requests: Iterator[TraceRequest]) -> Iterator[TraceRequest]:
+    """The requests; those of a trace without block ids with those of made-up sessions."""
+    if trace.block_tokens is not None:
+        return requests
+    kept, measured = tee(requests)
+    lengths = ((one.input_tokens, one.output_tokens) for one in measured)
+    made = with_prefixes(lengths, play.seed, play.block_tokens)
+    return (
+        TraceRequest(
+            place=one.place,
+            timestamp_s=one.timestamp_s,
+            input_tokens=one.input_tokens,
+            output_tokens=one.output_tokens,
+            block_ids=block_ids,
+            session=session,
+            turn=turn,
+            after=(),
         )
+        for one, (session, turn, block_ids) in zip(kept, made, strict=True)
+    )
+
+
+def _request(trace: Trace, play: TracePlay, one: TraceRequest, arrival_s: float | None) -> Request:
+    assert one.block_ids is not None, "made up where the trace has none"
+    block_ids = one.block_ids
+    if trace.block_tokens is not None:
+        block_ids = regroup(full_block_ids(one, trace), trace.block_tokens, play.block_tokens)
+    return Request(
+        arrival_s=arrival_s,
+        think_s=0.0,
+        user=one.session,
+        session=0,
+        turn=one.turn,
+        prompt_tokens=one.input_tokens,
+        output_tokens=one.output_tokens,
+        block_ids=block_ids,
+    )
 
 
 def _digest(header: str, requests: Iterable[Request]) -> str:
     """SHA-256 over the header and every field of the requests, in a fixed binary form (little-endian)."""
     digest = hashlib.sha256(header.encode())
     for request in requests:
-        ids = request.block_ids
-        digest.update(
-            _HEAD.pack(
-                -1.0 if request.arrival_s is None else request.arrival_s,
-                request.think_s,
-                request.user,
-                request.session,
-                request.turn,
-                request.prompt_tokens,
-                request.output_tokens,
-                len(ids),
-            )
-        )
-        digest.update(struct.pack(f"<{len(ids)}Q", *ids))
+        digest.update(_packed(request))
     return digest.hexdigest()
+
+
+def _sessions_digest(header: str, sessions: Iterable[Session]) -> str:
+    """The same over sessions: the start of each, and of each request what it waits for."""
+    digest = hashlib.sha256(header.encode())
+    for session in sessions:
+        digest.update(_AFTER.pack(len(session.steps), session.start_s))
+        for request, after in session.steps:
+            digest.update(_packed(request))
+            digest.update(b"".join(_AFTER.pack(one.turn, one.pause_s) for one in after))
+    return digest.hexdigest()
+
+
+def _packed(request: Request) -> bytes:
+    ids = request.block_ids
+    head = _HEAD.pack(
+        -1.0 if request.arrival_s is None else request.arrival_s,
+        request.think_s,
+        request.user,
+        request.session,
+        request.turn,
+        request.prompt_tokens,
+        request.output_tokens,
+        len(ids),
+    )
+    return head + struct.pack(f"<{len(ids)}Q", *ids)

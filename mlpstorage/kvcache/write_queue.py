@@ -10,7 +10,7 @@ from mlpstorage.kvcache.block_io import Behind
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.index import in_touch_order
 from mlpstorage.kvcache.recorder import Recorder
-from mlpstorage.kvcache.storage_tier import StorageTier
+from mlpstorage.kvcache.storage_tier import StorageTier, Taken
 from mlpstorage.measure.clock import NS, Clock
 
 
@@ -168,6 +168,36 @@ class WriteQueue:
             else:
                 self._hand_over(dict.fromkeys(batch, queued_ns), own)
 
+    def take(self, block_ids: Sequence[int], own: Collection[int]) -> list[Taken]:
+        """Have the tier take blocks of a chain at once, to be written later by `write`; see `put` for the arguments."""
+        batches = []
+        for begin in range(0, len(block_ids), self._batch_blocks):
+            batch = block_ids[begin : begin + self._batch_blocks]
+            taken = self._tier.take(batch, own)
+            self.dropped(len(batch) - len(taken.block_ids))
+            if taken.block_ids:
+                batches.append(taken)
+        return batches
+
+    def write(self, batches: Sequence[Taken]) -> None:
+        """Begin to write what was taken, each batch when it can be and passes the gate."""
+        queued_ns = self._clock.now_ns()
+        for taken in batches:
+            self._behind.spawn(self._write_behind_gate(taken, queued_ns))
+
+    def give_up(self, batches: Sequence[Taken]) -> None:
+        """Do not write what was taken."""
+        for taken in batches:
+            self._tier.give_up(taken)
+
+    async def _write_behind_gate(self, taken: Taken, queued_ns: int) -> None:
+        if taken.waits:
+            # Before the gate: what stands in it waits for nothing but its own write.
+            await asyncio.wait(taken.waits)
+        await self._gate.enter(len(taken.block_ids))
+        self._rate.begin(len(taken.block_ids))
+        await self._write(taken, dict.fromkeys(taken.block_ids, queued_ns))
+
     def stop(self) -> None:
         """Hand nothing over any more; what has collected stays in flight."""
         if self._timer is not None:
@@ -241,12 +271,15 @@ class WriteQueue:
         if taken.block_ids:
             self._rate.begin(len(taken.block_ids))
             queued_ns = {block_id: batch[block_id] for block_id in taken.block_ids}
-            self._behind.spawn(self._write(queued_ns, taken.waits))
+            self._behind.spawn(self._write_in_gate(taken, queued_ns))
 
-    async def _write(self, queued_ns: dict[int, int], waits: set[asyncio.Task[None]]) -> None:
-        if waits:
-            await asyncio.wait(waits)
-        written_ns = await self._tier.write(list(queued_ns))
+    async def _write_in_gate(self, taken: Taken, queued_ns: dict[int, int]) -> None:
+        if taken.waits:
+            await asyncio.wait(taken.waits)
+        await self._write(taken, queued_ns)
+
+    async def _write(self, taken: Taken, queued_ns: dict[int, int]) -> None:
+        written_ns = await self._tier.write(taken)
         self._rate.end(len(queued_ns), len(written_ns))
         self._gate.leave(len(queued_ns))
         self.dropped(len(queued_ns) - len(written_ns))

@@ -13,6 +13,8 @@ _EXACT_BELOW = 2 << _SUB_BITS
 SCHEME: Final = "log-linear-7"
 """Name of the bucket layout, stored with every exported histogram."""
 
+MIDDLE_PERCENT = 50
+
 MIN_SAMPLES_ABOVE = 10
 """A percentile is given only where at least this many samples lie above it."""
 
@@ -73,9 +75,13 @@ class Histogram:
         None where fewer than ten samples lie above it: such a percentile would be the report of a few outliers.
         """
         total = self.count
-        rank = max(1, -(-total * round(percent * 1000) // 100_000))
-        if total - rank < MIN_SAMPLES_ABOVE or self.min_ns is None or self.max_ns is None:
-            return None
+        rank = _nearest_rank(total, percent)
+        return None if total - rank < MIN_SAMPLES_ABOVE else self._of_rank(rank)
+
+    def _of_rank(self, rank: int) -> int:
+        """The value of the sample that is number `rank` (from 1) in rising order, to the width of its bucket."""
+        assert self.min_ns is not None, "a histogram with samples has a least one"
+        assert self.max_ns is not None, "a histogram with samples has a greatest one"
         seen = 0
         for bucket in sorted(self.counts):
             seen += self.counts[bucket]
@@ -111,3 +117,58 @@ class Histogram:
         histogram.min_ns = min_ns
         histogram.max_ns = max_ns
         return histogram
+
+
+class SignedHistogram:
+    """Counts of differences of times, which may be negative: one histogram of those from 0 up, one of the others.
+
+    Attributes:
+        gains: The differences that are not negative.
+        losses: The amounts of those that are.
+    """
+
+    __slots__ = ("gains", "losses")
+
+    def __init__(self, gains: Histogram | None = None, losses: Histogram | None = None) -> None:
+        self.gains = Histogram() if gains is None else gains
+        self.losses = Histogram() if losses is None else losses
+
+    def record(self, value_ns: int) -> None:
+        """Count one difference."""
+        if value_ns < 0:
+            self.losses.record(-value_ns)
+        else:
+            self.gains.record(value_ns)
+
+    @classmethod
+    def merged(cls, parts: Iterable["SignedHistogram"]) -> "SignedHistogram":
+        """A new one that holds the differences of all `parts`."""
+        total = cls()
+        for part in parts:
+            total.gains.add(part.gains)
+            total.losses.add(part.losses)
+        return total
+
+    @property
+    def count(self) -> int:
+        """Number of differences."""
+        return self.gains.count + self.losses.count
+
+    @property
+    def mean_ns(self) -> float | None:
+        """Exact mean; None without any."""
+        count = self.count
+        return (self.gains.sum_ns - self.losses.sum_ns) / count if count else None
+
+    def percentile_ns(self, percent: float) -> int | None:
+        """As of `Histogram`; for those below the middle, ten samples must lie below in the place of above."""
+        total, lost = self.count, self.losses.count
+        rank = _nearest_rank(total, percent)
+        if min(total - rank, rank - 1 if percent < MIDDLE_PERCENT else total) < MIN_SAMPLES_ABOVE:
+            return None
+        # The least of all is the greatest loss.
+        return -self.losses._of_rank(lost - rank + 1) if rank <= lost else self.gains._of_rank(rank - lost)  # noqa: SLF001 - its own kind
+
+
+def _nearest_rank(total: int, percent: float) -> int:
+    return max(1, -(-total * round(percent * 1000) // 100_000))

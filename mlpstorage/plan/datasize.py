@@ -89,7 +89,7 @@ class DataSizes:
 
 def data_sizes(spec: KVCacheSpec) -> DataSizes:
     """The sizes that follow from a spec."""
-    planned = sizes(spec, spec.block_tokens)
+    planned = sizes(spec)
     tokens = planned.block_tokens
     tiers = tuple(
         TierSize(tier=tier, capacity_gib=capacity, blocks=blocks, tokens=None if blocks is None else blocks * tokens)

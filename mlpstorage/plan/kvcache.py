@@ -10,6 +10,7 @@ from mlpstorage.config import GIB, MIB
 from mlpstorage.config import Layout as StoreLayout
 from mlpstorage.errors import ConfigurationError
 from mlpstorage.spec.kvcache import KVCacheSpec
+from mlpstorage.spec.workload import DEFAULT_BLOCK_TOKENS, STEADY, STEADY_WARMUP_MOST_S
 from mlpstorage.storage.base import buffer_bytes, padded_bytes
 from mlpstorage.storage.location import S3Location
 
@@ -77,8 +78,9 @@ class Sizes:
         return (self.storage_blocks or 0) * self.kv_ranks
 
 
-def sizes(spec: KVCacheSpec, block_tokens: int) -> Sizes:
-    """Sizes that follow from the spec, for blocks of `block_tokens` tokens."""
+def sizes(spec: KVCacheSpec) -> Sizes:
+    """Sizes that follow from the spec."""
+    block_tokens = DEFAULT_BLOCK_TOKENS if spec.block_tokens is None else spec.block_tokens
     kv_ranks = spec.shape.kv_ranks(spec.tensor_parallel)
     object_bytes = spec.shape.kv_rank_bytes_per_token(spec.tensor_parallel) * block_tokens
     stored_bytes = padded_bytes(object_bytes)
@@ -113,7 +115,9 @@ def _write_queue_blocks(spec: KVCacheSpec, kv_ranks: int, stored_bytes: int, sto
 
 
 def warmup_s(spec: KVCacheSpec) -> float:
-    """Seconds of warm-up: as asked, else a fifth of the duration, at most a minute."""
+    """Seconds of warm-up, at most: as asked, else a fifth of the duration, at most a minute."""
+    if spec.warmup == STEADY:
+        return STEADY_WARMUP_MOST_S
     return min(spec.duration / WARMUP_PART, WARMUP_MOST_S) if spec.warmup is None else spec.warmup
 
 

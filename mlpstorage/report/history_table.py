@@ -11,8 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mlpstorage.history import RunEntry
-from mlpstorage.report.terminal import STATUS_STYLES, facts_grid, plain, seconds_text, summary_table
-from mlpstorage.results.models import Summary
+from mlpstorage.report.terminal import STATUS_STYLES, facts_grid, summary_table
+from mlpstorage.report.text import plain, seconds_text
+from mlpstorage.results.summary import (
+    Summary,
+)
 
 _RESULT_DIR_MIN_COLUMNS = 32
 """A result directory that is folded into fewer columns is hard to read and to copy."""

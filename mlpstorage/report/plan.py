@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mlpstorage.config import Accelerator, IoEngineName
+from mlpstorage.config import Accelerator, Arrivals, IoEngineName
 from mlpstorage.config import Layout as StoreLayout
 from mlpstorage.plan.datasize import ContextSize, DataSizes
 from mlpstorage.plan.kvcache import Layout, Sizes, gib, warmup_s
 from mlpstorage.spec.fields import Source
 from mlpstorage.spec.kvcache import KVCacheSpec, value_text
 from mlpstorage.spec.storage import FILE_LAYOUTS, POLICY, levels_text
+from mlpstorage.spec.workload import STEADY, mix_text
 from mlpstorage.storage.location import S3Location
 
 AUTO = "auto, worked out when it runs"
@@ -28,19 +29,14 @@ def plan_text(
 ) -> str:
     """The plan of a run and its exact command. Nothing of it was done; `refusal` is why it would not start."""
     hosts = ", ".join(host.name for host in spec.parsed_hosts) if layout.uses_mpi else "this machine"
-    per_second = (
-        f"trace {spec.trace}, times x {spec.time_scale:g}, first {spec.max_requests or 'all'} requests"
-        if spec.trace
-        else f"{spec.num_users} synthetic users a rank, closed loop"
-    )
     rows = [
         ("model", f"{spec.model}, {planned.bytes_per_token:,} bytes per token"),
-        ("load", per_second),
+        ("load", _load(spec)),
         ("profile", _profile(spec, sources)),
         ("blocks", f"{planned.block_tokens} tokens, {gib(planned.stored_block_bytes)} each ({_block_note(spec)})"),
         ("objects", _objects(spec, planned)),
+        ("phases", _phases(spec)),
         ("compute", _spec_compute(spec)),
-        ("phases", f"{warmup_s(spec):g} s warm-up, {spec.duration:g} s measured window, drain"),
         ("ranks", f"{layout.ranks} on {hosts}{', started over MPI' if layout.uses_mpi else ''}"),
         ("GPU tier", f"{spec.gpu_mem_gb:g} GiB a rank"),
         ("DRAM tier", AUTO if spec.cpu_mem_gb is None else f"{spec.cpu_mem_gb:g} GiB a rank"),
@@ -123,6 +119,32 @@ def data_sizes_text(estimate: DataSizes) -> str:
             "",
         ]
     )
+
+
+def _load(spec: KVCacheSpec) -> str:
+    """What is played, and when."""
+    if spec.trace is None:
+        users = f"{spec.num_users} synthetic users a rank ({mix_text(spec.mix)})"
+        return f"{users}, {_rate(spec) or 'closed loop'}"
+    pace = {
+        Arrivals.OPEN: f"open loop, {_rate(spec) or f'times x {spec.time_scale:g}'}",
+        Arrivals.SESSION: f"sessions at their starts, with their pauses, times x {spec.time_scale:g}",
+        Arrivals.CLOSED: f"its sessions one after the other by {spec.num_users} users a rank",
+    }
+    parts = [f"trace {spec.trace} ({spec.trace_format})", pace[spec.arrivals or Arrivals.OPEN]]
+    if spec.spread_arrivals:
+        parts.append(f"spread over {spec.spread_arrivals:g} s")
+    return ", ".join([*parts, f"first {spec.max_requests or 'all'} requests"])
+
+
+def _rate(spec: KVCacheSpec) -> str | None:
+    return None if spec.request_rate is None else f"{spec.request_rate:g} requests a second of all ranks together"
+
+
+def _phases(spec: KVCacheSpec) -> str:
+    warmup = "warm-up to a steady hit ratio, at most" if spec.warmup == STEADY else "warm-up"
+    phases = f"{warmup} {warmup_s(spec):g} s, measured window {spec.duration:g} s, drain"
+    return phases if spec.trials == 1 else f"{spec.trials} times: {phases}"
 
 
 def _spec_compute(spec: KVCacheSpec) -> str:

@@ -11,17 +11,34 @@ from rich.table import Table
 from rich.text import Text
 
 from mlpstorage.config import RunStatus
-from mlpstorage.results.models import Latency, StorageCounts, Summary, TierRatios
-
-NOT_AVAILABLE = "n/a"
+from mlpstorage.report.meaning import (
+    breakeven_text,
+    goodput_text,
+    parts_text,
+    reuse_text,
+    saved_text,
+    slower_than_recompute,
+    steady_text,
+    ttft_text,
+    writes_text,
+)
+from mlpstorage.report.text import (
+    NOT_AVAILABLE,
+    bytes_text,
+    percent_text,
+    plain,
+    significant,
+    time_text,
+    with_unit,
+)
+from mlpstorage.results.models import StorageCounts
+from mlpstorage.results.summary import Latency, Summary, TierRatios, Trials
 
 _PIPE_WIDTH = 100_000
 """Columns of an output that is no terminal: nothing is cut or wrapped for a screen that is not there."""
 
 _READING_WIDTH = 100
 """Longer lines of prose are hard to read, and an output that is no terminal has no other limit."""
-
-_BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 _FAILURES_SHOWN = 3
 """Verification failures that are shown one by one; the summary keeps more."""
@@ -38,8 +55,13 @@ STATUS_STYLES: Mapping[str, str] = {
 
 _LATENCY_NAMES = {
     "ttft": "TTFT",
-    "request_load": "request load",
+    "ttft_without_storage": "  no storage",
+    "ttft_without_cache": "  no cache",
+    "client_late": "client late",
     "lookup": "lookup",
+    "request_load": "request load",
+    "storage_load": "  of storage",
+    "prefill_queue": "prefill queue",
     "queue_wait": "queue wait",
     "write_behind": "write-behind",
 }
@@ -54,7 +76,7 @@ def console_for(stream: TextIO | None = None) -> Console:
 def headline(summary: Summary) -> str:
     """The run's two main numbers."""
     read, ttft_ms = significant(summary.storage.read_gib_per_s), significant(summary.latency["ttft"].p95_ms)
-    return f"{read}{_unit(read, 'GiB/s')} read, TTFT p95 {ttft_ms}{_unit(ttft_ms, 'ms')}"
+    return f"{with_unit(read, 'GiB/s')} read, TTFT p95 {with_unit(ttft_ms, 'ms')}"
 
 
 def summary_table(summary: Summary, *, metadata: Mapping[str, object]) -> RenderableType:
@@ -75,6 +97,8 @@ def summary_table(summary: Summary, *, metadata: Mapping[str, object]) -> Render
         _hit_table(summary),
         Text(),
     ]
+    if summary.trials is not None:
+        body += [_trials_table(summary.trials), Text()]
     if len(summary.hosts) > 1:
         body += [_hosts_table(summary), Text()]
     body.append(_facts(summary))
@@ -98,45 +122,6 @@ class _Narrow:
         yield from console.render(self._content, options.update(width=min(options.max_width, _READING_WIDTH)))
 
 
-def significant(value: float | None) -> str:
-    """`value` with three significant digits, as many as the histograms are good for."""
-    if value is None:
-        return NOT_AVAILABLE
-    if value == 0:
-        return "0"
-    decimals = next((digits for digits, floor in enumerate((100, 10, 1, 0.1, 0.01)) if abs(value) >= floor), 5)
-    return f"{value:,.{decimals}f}"
-
-
-def bytes_text(value_bytes: int | None) -> str:
-    """`value_bytes` in the largest binary unit that leaves at least 1."""
-    if value_bytes is None:
-        return NOT_AVAILABLE
-    power = min(max(value_bytes.bit_length() - 1, 0) // 10, len(_BINARY_UNITS) - 1)
-    return f"{significant(value_bytes / (1 << 10 * power))} {_BINARY_UNITS[power]}"
-
-
-def percent_text(part: float | None) -> str:
-    """A ratio as a percentage."""
-    return NOT_AVAILABLE if part is None else f"{part * 100:.1f} %"
-
-
-def seconds_text(value_s: float | None) -> str:
-    """A run time as one reads it: `12.3 s`, `4 m 05 s`, `2 h 07 m`."""
-    if value_s is None:
-        return NOT_AVAILABLE
-    minutes, seconds = divmod(round(value_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} m"
-    return f"{minutes} m {seconds:02} s" if minutes else f"{value_s:.1f} s"
-
-
-def plain(value: object) -> str:
-    """`value` as one line that no terminal takes for a command: control characters and broken text become blanks."""
-    return "".join(char if char.isprintable() else " " for char in str(value))
-
-
 def new_table(first: str, *others: str) -> Table:
     """A table with a column of names, headed by the table's own, and columns of numbers."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style=_HEAD)
@@ -154,10 +139,6 @@ def facts_grid() -> Table:
     return grid
 
 
-def _unit(number: str, unit: str) -> str:
-    return "" if number == NOT_AVAILABLE else f" {unit}"
-
-
 def _cell(text: str) -> Text:
     return Text(text, style=_FAINT if text in {NOT_AVAILABLE, "-"} else "")
 
@@ -173,33 +154,46 @@ def _banner(summary: Summary) -> Iterator[RenderableType]:
 
 
 def _verdict(summary: Summary, metadata: Mapping[str, object]) -> Text:
-    """The run in two sentences, for a reader who reads no further."""
-    tokens, slo, ttft_ms = summary.hit_ratio.tokens, summary.slo, summary.latency["ttft"].p95_ms
-    text = Text(f"{plain(metadata.get('model') or 'model not recorded')}, {_load_text(metadata)}: ")
+    """The run in a few sentences, for a reader who reads no further."""
+    tokens, slo = summary.hit_ratio.tokens, summary.slo
+    text = Text(f"{_load_text(metadata)} this storage served ")
     if tokens.total is None:
-        text.append("no request was completed in the measured window. ")
+        text.append("nothing: no request was completed in the measured window. ")
     else:
-        text.append(f"{percent_text(tokens.total)} of the prompt tokens were found in the cache, ")
-        text.append(f"{percent_text(tokens.storage)} on storage. ")
-    target = f"the target of {significant(slo.ttft_p95_ms_target)} ms"
+        text.append(f"{percent_text(tokens.storage)} of the prompt tokens (all tiers {percent_text(tokens.total)}), ")
+        text.append(f"{ttft_text(summary)}. ")
+    target = f"the target of {time_text(slo.ttft_p95_ms_target)}"
     if slo.met is None:
         text.append(f"Too few requests were completed to tell whether TTFT p95 meets {target}.", style=_WARN)
     else:
-        text.append(f"Time to first token (TTFT) p95 is {significant(ttft_ms)} ms: ")
+        text.append("It ")
         text.append(f"{'MEETS' if slo.met else 'MISSES'} {target}", style=_GOOD if slo.met else _BAD)
         text.append("." if summary.status is RunStatus.COMPLETE else ", as far as the partial numbers tell.")
+    if slower_than_recompute(summary):
+        text.append(" Reading tokens from this storage was SLOWER than computing them again.", style=_BAD)
     return text
 
 
 def _load_text(metadata: Mapping[str, object]) -> str:
+    """What was played: users of each rank, a trace, or requests at a rate, which is of all ranks together."""
     recorded = metadata.get("parameters")
     parameters: Mapping[str, object] = recorded if isinstance(recorded, Mapping) else {}
+    model = plain(metadata.get("model") or "a model not recorded")
     ranks = _planned_ranks(metadata) or 1
-    prefix = f"{plain(ranks)} ranks x " if ranks != 1 else ""
-    if trace := parameters.get("trace"):
-        return f"{prefix}trace {plain(trace).rpartition('/')[2]}"
-    users = metadata.get("num_users", parameters.get("num_users", NOT_AVAILABLE))
-    return f"{prefix}{plain(users)} users"
+    on_ranks = f" on {plain(ranks)} ranks" if ranks != 1 else ""
+    trace, rate = parameters.get("trace"), parameters.get("request_rate")
+    name = None if trace is None else plain(trace).rstrip("/").rpartition("/")[2]
+    if rate is not None:
+        of_trace = "" if name is None else f" of the trace {name}"
+        return f"At {_number(rate)} requests a second{of_trace} to {model}{on_ranks}"
+    if name is not None:
+        return f"With the trace {name} played to {model}{on_ranks}"
+    users = plain(metadata.get("num_users", parameters.get("num_users", NOT_AVAILABLE)))
+    return f"At {users} users of {model}{on_ranks.replace(' on', ' on each of')}"
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else plain(value)
 
 
 def _planned_ranks(metadata: Mapping[str, object]) -> object:
@@ -255,7 +249,6 @@ def _hosts_table(summary: Summary) -> Table:
 
 def _facts(summary: Summary) -> Table:
     requests, window, client, breakeven = summary.requests, summary.window, summary.client, summary.breakeven
-    saved = significant(breakeven.ttft_saved_mean_ms)
     grid = facts_grid()
     grid.add_row(
         "Requests",
@@ -263,22 +256,29 @@ def _facts(summary: Summary) -> Table:
         f"{significant(requests.prompt_tokens_per_s)} prompt, {significant(requests.cached_tokens_per_s)} cached, "
         f"{significant(requests.output_tokens_per_s)} output",
     )
+    grid.add_row("Goodput", goodput_text(summary))
     grid.add_row(
         "Window",
-        f"{window.measured_s:.1f} s measured after {window.warmup_s:.1f} s of warm-up; {window.drain_s:.1f} s of drain",
+        f"{window.measured_s:.1f} s measured after {window.warmup_s:.1f} s of warm-up{steady_text(window)}; "
+        f"{window.drain_s:.1f} s of drain",
     )
-    grid.add_row(
-        "Break-even",
-        f"reading beats recompute above {significant(breakeven.read_gib_per_s_needed)} GiB/s "
-        f"(prefill {significant(breakeven.prefill_tokens_per_s)} tokens/s); "
-        f"TTFT saved, mean: {saved}{_unit(saved, 'ms')}",
-    )
+    grid.add_row("TTFT is made of", parts_text(summary.ttft_parts))
+    grid.add_row("Break-even", breakeven_text(breakeven))
+    grid.add_row("Saved", saved_text(summary.saved))
+    grid.add_row("Reuse", reuse_text(summary.reuse_distance))
+    grid.add_row("Writes", writes_text(summary.storage))
+    if summary.storage.read_burst_ratio is not None:
+        grid.add_row(
+            "Read bursts",
+            f"{significant(summary.storage.read_peak_gib_per_s)} GiB/s in the peak second, "
+            f"{significant(summary.storage.read_burst_ratio)} times the mean",
+        )
     cpu, lag, wait = map(significant, (client.cpu_ms_per_gib, client.loop_lag_p99_ms, client.cpu_wait_s))
     grid.add_row(
         "Client",
-        f"CPU {cpu}{_unit(cpu, 'ms')} per GiB moved, {client.cpu_s:.1f} s in all, "
-        f"{percent_text(client.payload_cpu_share)} of it for stamps and checks; waited {wait}{_unit(wait, 's')} for a "
-        f"processor; peak RSS of a rank {bytes_text(client.max_rss_bytes)}; loop lag p99 {lag}{_unit(lag, 'ms')}",
+        f"CPU {with_unit(cpu, 'ms')} per GiB moved, {client.cpu_s:.1f} s in all, "
+        f"{percent_text(client.payload_cpu_share)} of it for stamps and checks; waited {with_unit(wait, 's')} for a "
+        f"processor; peak RSS of a rank {bytes_text(client.max_rss_bytes)}; loop lag p99 {with_unit(lag, 'ms')}",
     )
     if summary.reuse is not None:
         reuse = summary.reuse
@@ -288,6 +288,22 @@ def _facts(summary: Summary) -> Table:
             f"found in {reuse.rebuild_s:.2f} s",
         )
     return grid
+
+
+def _trials_table(trials: Trials) -> Table:
+    table = new_table(f"{trials.count} trials", "mean", "min", "max", "stdev", "CV")
+    for name, spread in (
+        ("storage GiB/s", trials.storage_gib_per_s),
+        ("read GiB/s", trials.read_gib_per_s),
+        ("write GiB/s", trials.write_gib_per_s),
+        ("requests/s", trials.requests_per_s),
+        ("hit ratio", trials.hit_ratio_tokens),
+        ("TTFT p50 ms", trials.ttft_p50_ms),
+        ("TTFT p95 ms", trials.ttft_p95_ms),
+    ):
+        values = (None,) * 4 if spread is None else (spread.mean, spread.min, spread.max, spread.stdev)
+        table.add_row(name, *map(_cell, map(significant, values)), _cell(percent_text(spread.cv if spread else None)))
+    return table
 
 
 def _attention(summary: Summary, metadata: Mapping[str, object]) -> Iterator[Text]:
@@ -352,10 +368,14 @@ def _numbers_missing(summary: Summary) -> bool:
         summary.hit_ratio.tokens,
         summary.requests,
         summary.storage,
-        summary.breakeven,
+        summary.ttft_parts,
+        summary.slo,
+        summary.reuse_distance,
+        *(() if summary.trials is None else (summary.trials,)),
     )
-    not_shown = {"p90_ms", "p999_ms", "page_cache_bytes"}
+    # A burst has a line of its own, which is left out; that there is no verdict is said in words.
+    not_shown = {"p90_ms", "p999_ms", "page_cache_bytes", "p99_gib", "read_peak_gib_per_s", "read_burst_ratio", "met"}
     shown_missing = (value is None for group in groups for name, value in group if name not in not_shown)
-    client = summary.client
+    client, saved = summary.client, summary.saved
     of_client = (client.cpu_ms_per_gib, client.payload_cpu_share, client.cpu_wait_s, client.loop_lag_p99_ms)
-    return any(shown_missing) or None in of_client
+    return any(shown_missing) or None in of_client or (saved.requests > 0 and saved.p50_ms is None)

@@ -16,6 +16,7 @@ from mlpstorage.errors import AccessError, ConfigurationError, MLPStorageError, 
 
 RANKS_DIR = "ranks"
 LOGS_DIR = "logs"
+TRIALS_DIR = "trials"
 CACHE_DIR = "cache"
 """Default cache directory below a result directory. It can hold millions of files that are no results."""
 INVOCATIONS_DIR = "invocations"

@@ -1,25 +1,33 @@
 """One summary of all ranks: counts are added, histograms are added, percentiles are never averaged."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 from mlpstorage.config import GIB, RunStatus
-from mlpstorage.measure.histogram import Histogram
+from mlpstorage.measure.histogram import Histogram, SignedHistogram
+from mlpstorage.measure.reuse import percentile_of
+from mlpstorage.results.adding import added, added_buckets, joined_digest, ratio, sum_or_none
 from mlpstorage.results.models import (
     LATENCIES,
+    RankResult,
+    Reuse,
+    StorageCounts,
+    TierCounts,
+    TtftCounts,
+)
+from mlpstorage.results.summary import (
     BreakEven,
     Client,
     HitRatio,
     HostSummary,
     Latency,
-    RankResult,
     RequestRates,
-    Reuse,
+    ReuseDistance,
+    Saved,
     Slo,
-    StorageCounts,
     Summary,
-    TierCounts,
     TierRatios,
+    Trials,
+    TtftParts,
     Window,
     WindowStorage,
 )
@@ -46,15 +54,21 @@ _SEVERITY = (RunStatus.COMPLETE, RunStatus.RUNNING, RunStatus.INTERRUPTED, RunSt
 
 
 def merge_ranks(
-    ranks: Sequence[RankResult], *, prefill_tokens_per_s: float | None, bytes_per_token: int, ttft_p95_ms_target: float
+    ranks: Sequence[RankResult],
+    *,
+    bytes_per_token: int,
+    block_tokens: int,
+    ttft_p95_ms_target: float,
+    trials: Trials | None = None,
 ) -> Summary:
     """The summary of a run.
 
     Args:
-        ranks: Result of each rank, at least one, in any order.
-        prefill_tokens_per_s: Tokens that one engine of the pacing model computes in a second; None without one.
+        ranks: Result of each rank, at least one, in any order; of several trials, those that `pooled` gives.
         bytes_per_token: Bytes of KV cache of one token of the model.
+        block_tokens: Tokens of a block.
         ttft_p95_ms_target: Target of the verdict, in ms.
+        trials: How much the trials differ; None where there was one.
 
     Raises:
         ValueError: `ranks` is empty or mixes runs.
@@ -65,50 +79,46 @@ def merge_ranks(
     window = _window(ordered)
     storage = _storage_sum(rank.storage for rank in ordered)
     latency = _latency(ordered)
+    tokens = added(TtftCounts, [rank.first_tokens for rank in ordered])
+    peak_gib_per_s = _read_peak_gib_per_s(ordered)
+    read_gib_per_s = ratio(storage.read_bytes / GIB, window.measured_s)
     status = max((rank.status for rank in ordered), key=_SEVERITY.index)
     return Summary(
         run_id=ordered[0].run_id,
         status=status,
         error=_error(ordered, status),
-        workload_digest=_workload_digest(ordered),
+        workload_digest=joined_digest([rank.workload_digest for rank in ordered]),
+        operations_digest=joined_digest([rank.operations_digest for rank in ordered]),
+        trials=trials,
         window=window,
         requests=_request_rates(ordered, window.measured_s),
         hit_ratio=_hit_ratio(ordered),
         storage=WindowStorage(
             **storage.model_dump(),
-            read_gib_per_s=_ratio(storage.read_bytes / GIB, window.measured_s),
-            write_gib_per_s=_ratio(storage.written_bytes / GIB, window.measured_s),
+            read_gib_per_s=read_gib_per_s,
+            write_gib_per_s=ratio(storage.written_bytes / GIB, window.measured_s),
+            read_peak_gib_per_s=peak_gib_per_s,
+            read_burst_ratio=None if peak_gib_per_s is None or not read_gib_per_s else peak_gib_per_s / read_gib_per_s,
         ),
         storage_total=_storage_sum(rank.storage_total for rank in ordered),
         latency=latency,
         client=_client(ordered, storage),
-        breakeven=_breakeven(ordered, prefill_tokens_per_s, bytes_per_token),
-        slo=_slo(latency["ttft"], ttft_p95_ms_target),
+        ttft_parts=_ttft_parts(tokens),
+        saved=Saved.of(SignedHistogram.merged(rank.saved.restore() for rank in ordered)),
+        breakeven=_breakeven(tokens, bytes_per_token),
+        reuse_distance=_reuse_distance(ordered, bytes_per_token * block_tokens),
+        slo=_slo(latency["ttft"], ttft_p95_ms_target, tokens, window.measured_s),
         verify_failures=tuple(one for rank in ordered for one in rank.verify_failures)[:VERIFY_FAILURES_KEPT],
-        dropped_page_cache_bytes=_sum_or_none(rank.dropped_page_cache_bytes for rank in ordered),
+        dropped_page_cache_bytes=sum_or_none(rank.dropped_page_cache_bytes for rank in ordered),
         reuse=_reuse(ordered),
         hosts=_hosts(ordered, window.measured_s),
     )
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    """`part / whole`; None where there is no whole."""
-    return part / whole if whole else None
-
-
-def _sum_or_none(values: Iterable[int | None]) -> int | None:
-    """The sum; None where any value could not be had, since a partial sum would pass for the whole."""
-    total = 0
-    for value in values:
-        if value is None:
-            return None
-        total += value
-    return total
-
-
 def _window(ranks: Sequence[RankResult]) -> Window:
     return Window(
         warmup_s=max(rank.window.warmup_s for rank in ranks),
+        warmup_steady=_all_steady(rank.window.warmup_steady for rank in ranks),
         measured_s=max(rank.window.measured_s for rank in ranks),
         drain_s=max(rank.window.drain_s for rank in ranks),
         requests_in_flight_at_end=sum(rank.window.requests_in_flight_at_end for rank in ranks),
@@ -122,10 +132,10 @@ def _request_rates(ranks: Sequence[RankResult], measured_s: float) -> RequestRat
         failed=sum(rank.requests.failed for rank in ranks),
         loads_skipped=sum(rank.requests.loads_skipped for rank in ranks),
         loads_abandoned=sum(rank.requests.loads_abandoned for rank in ranks),
-        rate_per_s=_ratio(completed, measured_s),
-        prompt_tokens_per_s=_ratio(sum(rank.requests.prompt_tokens for rank in ranks), measured_s),
-        cached_tokens_per_s=_ratio(sum(rank.requests.cached_tokens.total for rank in ranks), measured_s),
-        output_tokens_per_s=_ratio(sum(rank.requests.output_tokens for rank in ranks), measured_s),
+        rate_per_s=ratio(completed, measured_s),
+        prompt_tokens_per_s=ratio(sum(rank.requests.prompt_tokens for rank in ranks), measured_s),
+        cached_tokens_per_s=ratio(sum(rank.requests.cached_tokens.total for rank in ranks), measured_s),
+        output_tokens_per_s=ratio(sum(rank.requests.output_tokens for rank in ranks), measured_s),
     )
 
 
@@ -142,18 +152,15 @@ def _hit_ratio(ranks: Sequence[RankResult]) -> HitRatio:
 
 def _tier_ratios(found: Sequence[TierCounts], whole: int) -> TierRatios:
     return TierRatios(
-        gpu=_ratio(sum(counts.gpu for counts in found), whole),
-        cpu=_ratio(sum(counts.cpu for counts in found), whole),
-        storage=_ratio(sum(counts.storage for counts in found), whole),
-        total=_ratio(sum(counts.total for counts in found), whole),
+        gpu=ratio(sum(counts.gpu for counts in found), whole),
+        cpu=ratio(sum(counts.cpu for counts in found), whole),
+        storage=ratio(sum(counts.storage for counts in found), whole),
+        total=ratio(sum(counts.total for counts in found), whole),
     )
 
 
 def _storage_sum(parts: Iterable[StorageCounts]) -> StorageCounts:
-    counts = [part.model_dump() for part in parts]
-    return StorageCounts.model_validate(
-        {name: _sum_or_none(count[name] for count in counts) for name in StorageCounts.model_fields}
-    )
+    return added(StorageCounts, list(parts))
 
 
 def _reuse(ranks: Sequence[RankResult]) -> Reuse | None:
@@ -187,13 +194,13 @@ def _client(ranks: Sequence[RankResult], storage: StorageCounts) -> Client:
     reason = _bottleneck(ranks, lag_p99_ms)
     return Client(
         cpu_s=cpu_s,
-        cpu_ms_per_gib=_ratio(cpu_s * 1000, moved_bytes / GIB),
+        cpu_ms_per_gib=ratio(cpu_s * 1000, moved_bytes / GIB),
         payload_cpu_s=payload_cpu_s,
-        payload_cpu_share=_ratio(payload_cpu_s, cpu_s),
+        payload_cpu_share=ratio(payload_cpu_s, cpu_s),
         cpu_wait_s=sum(waits_s) if len(waits_s) == len(ranks) else None,
         max_rss_bytes=max(rank.client.max_rss_bytes for rank in ranks),
-        os_read_bytes=_sum_or_none(rank.client.os_read_bytes for rank in ranks),
-        os_written_bytes=_sum_or_none(rank.client.os_written_bytes for rank in ranks),
+        os_read_bytes=sum_or_none(rank.client.os_read_bytes for rank in ranks),
+        os_written_bytes=sum_or_none(rank.client.os_written_bytes for rank in ranks),
         loop_lag_p99_ms=lag_p99_ms,
         bottleneck=reason is not None,
         bottleneck_reason=reason,
@@ -218,7 +225,7 @@ def _saturated(on_host: Sequence[RankResult]) -> str | None:
     """
     cores = max(rank.client.cores for rank in on_host)
     measured_s = max(rank.window.measured_s for rank in on_host)
-    share = _ratio(sum(rank.client.cpu_s for rank in on_host), measured_s * cores)
+    share = ratio(sum(rank.client.cpu_s for rank in on_host), measured_s * cores)
     if share is None or share <= BOTTLENECK_CPU_SHARE:
         return None
     return f"the client used {share:.1%} of the processor time of {cores} cores, over {BOTTLENECK_CPU_SHARE:.0%}"
@@ -245,17 +252,82 @@ def _starved(on_host: Sequence[RankResult]) -> str | None:
     )
 
 
-def _breakeven(ranks: Sequence[RankResult], prefill_tokens_per_s: float | None, bytes_per_token: int) -> BreakEven:
-    saved_ns = sum(rank.requests.ttft_saved_ns for rank in ranks)
-    return BreakEven(
-        prefill_tokens_per_s=prefill_tokens_per_s,
-        read_gib_per_s_needed=None if prefill_tokens_per_s is None else prefill_tokens_per_s * bytes_per_token / GIB,
-        ttft_saved_mean_ms=_ratio(saved_ns / 1e6, sum(rank.requests.ttft_saved_requests for rank in ranks)),
+def _ttft_parts(tokens: TtftCounts) -> TtftParts:
+    parts_ns = (
+        tokens.client_late_ns,
+        tokens.lookup_ns,
+        tokens.storage_load_ns,
+        tokens.dram_load_ns,
+        tokens.prefill_queue_ns,
+        tokens.prefill_ns,
+    )
+    late, lookup, storage, dram, queue, prefill = (ratio(part_ns / 1e6, tokens.requests) for part_ns in parts_ns)
+    return TtftParts(
+        client_late_mean_ms=late,
+        lookup_mean_ms=lookup,
+        storage_load_mean_ms=storage,
+        dram_load_mean_ms=dram,
+        prefill_queue_mean_ms=queue,
+        prefill_mean_ms=prefill,
+        storage_share=ratio(tokens.storage_load_ns, sum(parts_ns)),
     )
 
 
-def _slo(ttft: Latency, target_ms: float) -> Slo:
-    return Slo(ttft_p95_ms_target=target_ms, met=None if ttft.p95_ms is None else ttft.p95_ms <= target_ms)
+def _breakeven(tokens: TtftCounts, bytes_per_token: int) -> BreakEven:
+    recompute_ns = tokens.storage_recompute_ns
+    loaded_gib = tokens.storage_load_tokens * bytes_per_token / GIB
+    return BreakEven(
+        prefill_tokens_per_s=None if recompute_ns is None else ratio(tokens.storage_load_tokens * 1e9, recompute_ns),
+        read_gib_per_s_needed=None if recompute_ns is None else ratio(loaded_gib * 1e9, recompute_ns),
+        load_gib_per_s=ratio(loaded_gib * 1e9, tokens.storage_loads_ns),
+        storage_loads=tokens.storage_loads,
+        storage_slower_loads=tokens.storage_slower_loads,
+        storage_saved_mean_ms=None
+        if recompute_ns is None
+        else ratio((recompute_ns - tokens.storage_loads_ns) / 1e6, tokens.storage_loads),
+    )
+
+
+def _reuse_distance(ranks: Sequence[RankResult], block_bytes: int) -> ReuseDistance:
+    distances = added_buckets([rank.reuse_distance.distances for rank in ranks])
+    sample_weight = max(rank.reuse_distance.sample_weight for rank in ranks)
+    first_uses = sum(rank.reuse_distance.first_uses for rank in ranks)
+
+    def gib(percent: float) -> float | None:
+        blocks = percentile_of(distances, percent, sample_weight)
+        return None if blocks is None else blocks * block_bytes / GIB
+
+    return ReuseDistance(
+        first_use_share=ratio(first_uses, first_uses + sum(distances.values())),
+        p50_gib=gib(50),
+        p90_gib=gib(90),
+        p99_gib=gib(99),
+    )
+
+
+def _slo(ttft: Latency, target_ms: float, tokens: TtftCounts, measured_s: float) -> Slo:
+    return Slo(
+        ttft_p95_ms_target=target_ms,
+        met=None if ttft.p95_ms is None else ttft.p95_ms <= target_ms,
+        within_target=ratio(tokens.within_target, tokens.requests),
+        goodput_per_s=ratio(tokens.within_target, measured_s),
+    )
+
+
+def _read_peak_gib_per_s(ranks: Sequence[RankResult]) -> float | None:
+    """Most that all ranks together read in a second of the window: their samples' rates added, second by second."""
+    of_second: dict[int, float] = {}
+    for rank in ranks:
+        for sample in rank.samples:
+            if sample.phase == "window":
+                second = round(sample.t_s)
+                of_second[second] = of_second.get(second, 0.0) + sample.read_gib_per_s
+    return max(of_second.values(), default=None)
+
+
+def _all_steady(steady: Iterable[bool | None]) -> bool | None:
+    known = [one for one in steady if one is not None]
+    return all(known) if known else None
 
 
 def _by_host(ranks: Sequence[RankResult]) -> dict[str, list[RankResult]]:
@@ -277,8 +349,8 @@ def _hosts(ranks: Sequence[RankResult], measured_s: float) -> tuple[HostSummary,
                 ranks=len(on_host),
                 first_done_s=min(done_s),
                 last_done_s=max(done_s),
-                read_gib_per_s=_ratio(storage.read_bytes / GIB, measured_s),
-                write_gib_per_s=_ratio(storage.written_bytes / GIB, measured_s),
+                read_gib_per_s=ratio(storage.read_bytes / GIB, measured_s),
+                write_gib_per_s=ratio(storage.written_bytes / GIB, measured_s),
             )
         )
     return tuple(summaries)
@@ -292,10 +364,3 @@ def _error(ranks: Sequence[RankResult], status: RunStatus) -> str | None:
         return None
     where = f"rank {first.rank} on {first.host}: " if len(ranks) > 1 else ""
     return where + first.error.message
-
-
-def _workload_digest(ranks: Sequence[RankResult]) -> str:
-    """The rank's own digest, or the SHA-256 of all ranks' digests, in rank order, one a line."""
-    if len(ranks) == 1:
-        return ranks[0].workload_digest
-    return hashlib.sha256("".join(f"{rank.workload_digest}\n" for rank in ranks).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The shapes of what a run leaves behind, frozen; unknown keys are refused.
+"""The shapes of what a rank leaves behind, frozen; unknown keys are refused. `results.summary` has those of a run.
 
 Every number has its unit in its name; what could not be had is None, never 0. `docs/numbers.md` defines each.
 """
@@ -7,14 +7,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mlpstorage.config import BENCHMARK_TYPES, RunStatus
-from mlpstorage.measure.histogram import SCHEME, Histogram
+from mlpstorage.config import RunStatus
+from mlpstorage.measure.histogram import SCHEME, Histogram, SignedHistogram
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of metadata, summary and rank files.
 
 1: first version.
 2: layouts, profiles, policies, verification failures, client cost.
+3: arrivals, accelerators, what TTFT is made of and what the cache saved, reuse distances, digest of operations, trials.
 """
 
 
@@ -62,10 +63,14 @@ class TierCounts(Record):
 
 
 class RankWindow(Record):
-    """When a rank measured. `start_unix_s` is the wall-clock time at which the measured window began."""
+    """When a rank measured. `start_unix_s` is the wall-clock time at which the measured window began.
+
+    `warmup_steady` tells whether the hit ratio was steady when the warm-up ended; None where that was not waited for.
+    """
 
     start_unix_s: float | None
     warmup_s: float
+    warmup_steady: bool | None
     measured_s: float
     drain_s: float
     requests_in_flight_at_end: int
@@ -87,8 +92,57 @@ class RequestCounts(Record):
     prompt_blocks: int
     cached_tokens: TierCounts
     hit_blocks: TierCounts
-    ttft_saved_ns: int
-    ttft_saved_requests: int
+
+
+class TtftCounts(Record):
+    """Sums over the first tokens that came inside the window; see `kvcache.recorder.FirstToken` for the parts.
+
+    `storage_loads` are the requests that used something read from storage; of those alone are `storage_load_tokens`,
+    `storage_loads_ns` (the times of their reads), `storage_recompute_ns` (what computing the tokens would have taken)
+    and `storage_slower_loads` (where it would have taken less); the last two None where compute is not modelled.
+    """
+
+    requests: int
+    within_target: int
+    client_late_ns: int
+    lookup_ns: int
+    storage_load_ns: int
+    dram_load_ns: int
+    prefill_queue_ns: int
+    prefill_ns: int
+    storage_loads: int
+    storage_load_tokens: int
+    storage_loads_ns: int
+    storage_recompute_ns: int | None
+    storage_slower_loads: int | None
+
+
+class SignedHistogramData(Record):
+    """An exported histogram of differences: those from 0 up, and the amounts of the negative ones."""
+
+    gains: HistogramData
+    losses: HistogramData
+
+    def restore(self) -> SignedHistogram:
+        """The histogram that was exported."""
+        return SignedHistogram(self.gains.restore(), self.losses.restore())
+
+    @classmethod
+    def of(cls, histogram: SignedHistogram) -> "SignedHistogramData":
+        """The export of `histogram`."""
+        return cls(gains=HistogramData.of(histogram.gains), losses=HistogramData.of(histogram.losses))
+
+
+class ReuseDistanceData(Record):
+    """How many different blocks lie between two uses of a block; see `measure.reuse`.
+
+    `distances` counts them by bucket (of blocks, in the layout of the histograms), `first_uses` those that were no
+    second use; both are estimates where blocks had to be sampled: one of `sample_weight` blocks at the end.
+    """
+
+    first_uses: float
+    distances: dict[int, float]
+    sample_weight: int
 
 
 class StorageCounts(Record):
@@ -176,7 +230,12 @@ class RankError(Record):
 
 LATENCIES = (
     "ttft",
+    "ttft_without_storage",
+    "ttft_without_cache",
+    "client_late",
+    "prefill_queue",
     "request_load",
+    "storage_load",
     "lookup",
     "storage_read",
     "storage_write",
@@ -198,8 +257,12 @@ class RankResult(Record):
     status: RunStatus
     error: RankError | None
     workload_digest: str
+    operations_digest: str
     window: RankWindow
     requests: RequestCounts
+    first_tokens: TtftCounts
+    saved: SignedHistogramData
+    reuse_distance: ReuseDistanceData
     storage: StorageCounts
     storage_total: StorageCounts
     latency: dict[str, HistogramData]
@@ -209,149 +272,3 @@ class RankResult(Record):
     reuse: Reuse | None
     host_facts: dict[str, object]
     samples: tuple[Sample, ...]
-
-
-class Latency(Record):
-    """A latency in milliseconds. A percentile is None where fewer than ten samples lie above it."""
-
-    count: int
-    mean_ms: float | None
-    min_ms: float | None
-    p50_ms: float | None
-    p90_ms: float | None
-    p95_ms: float | None
-    p99_ms: float | None
-    p999_ms: float | None
-    max_ms: float | None
-    histogram: HistogramData
-
-    @classmethod
-    def of(cls, histogram: Histogram) -> "Latency":
-        """The figures of `histogram`."""
-
-        def ms(value_ns: float | None) -> float | None:
-            return None if value_ns is None else round(value_ns / 1e6, 6)
-
-        return cls(
-            count=histogram.count,
-            mean_ms=ms(histogram.mean_ns),
-            min_ms=ms(histogram.min_ns),
-            p50_ms=ms(histogram.percentile_ns(50)),
-            p90_ms=ms(histogram.percentile_ns(90)),
-            p95_ms=ms(histogram.percentile_ns(95)),
-            p99_ms=ms(histogram.percentile_ns(99)),
-            p999_ms=ms(histogram.percentile_ns(99.9)),
-            max_ms=ms(histogram.max_ns),
-            histogram=HistogramData.of(histogram),
-        )
-
-
-class Window(Record):
-    """The phases of the run, in seconds; of several ranks, the longest of each."""
-
-    warmup_s: float
-    measured_s: float
-    drain_s: float
-    requests_in_flight_at_end: int
-
-
-class RequestRates(Record):
-    """Requests completed inside the window, and tokens of theirs a second."""
-
-    completed: int
-    failed: int
-    loads_skipped: int
-    loads_abandoned: int
-    rate_per_s: float | None
-    prompt_tokens_per_s: float | None
-    cached_tokens_per_s: float | None
-    output_tokens_per_s: float | None
-
-
-class TierRatios(Record):
-    """Part of the prompt that each tier held, 0 to 1."""
-
-    gpu: float | None
-    cpu: float | None
-    storage: float | None
-    total: float | None
-
-
-class HitRatio(Record):
-    """Part of the prompt that was found in the cache, by tokens and by full blocks."""
-
-    tokens: TierRatios
-    blocks: TierRatios
-
-
-class WindowStorage(StorageCounts):
-    """Storage operations that completed inside the window, and their rates."""
-
-    read_gib_per_s: float | None
-    write_gib_per_s: float | None
-
-
-class Client(Record):
-    """What the client cost, and whether it, not the storage, was the limit."""
-
-    cpu_s: float
-    cpu_ms_per_gib: float | None
-    payload_cpu_s: float
-    payload_cpu_share: float | None
-    cpu_wait_s: float | None
-    max_rss_bytes: int
-    os_read_bytes: int | None
-    os_written_bytes: int | None
-    loop_lag_p99_ms: float | None
-    bottleneck: bool
-    bottleneck_reason: str | None
-
-
-class BreakEven(Record):
-    """When reading a cached token beats computing it again."""
-
-    prefill_tokens_per_s: float | None
-    read_gib_per_s_needed: float | None
-    ttft_saved_mean_ms: float | None
-
-
-class Slo(Record):
-    """The verdict: None where too few requests completed to tell."""
-
-    ttft_p95_ms_target: float
-    met: bool | None
-
-
-class HostSummary(Record):
-    """One host's share. Times count from the start of its ranks' measured window."""
-
-    host: str
-    ranks: int
-    first_done_s: float
-    last_done_s: float
-    read_gib_per_s: float | None
-    write_gib_per_s: float | None
-
-
-class Summary(Record):
-    """`summary.json` of a KV-cache run."""
-
-    schema_version: int = SCHEMA_VERSION
-    benchmark_type: BENCHMARK_TYPES = BENCHMARK_TYPES.kv_cache
-    run_id: str
-    status: RunStatus
-    error: str | None
-    workload_digest: str
-    window: Window
-    requests: RequestRates
-    hit_ratio: HitRatio
-    storage: WindowStorage
-    storage_total: StorageCounts
-    latency: dict[str, Latency]
-    client: Client
-    breakeven: BreakEven
-    slo: Slo
-    verify_failures: tuple[str, ...]
-    dropped_page_cache_bytes: int | None
-    reuse: Reuse | None
-    hosts: tuple[HostSummary, ...]

@@ -16,6 +16,7 @@ from mlpstorage.spec.fields import Option, number_text
 from mlpstorage.spec.hosts import Host, parse_hosts
 from mlpstorage.spec.profiles import values_beside
 from mlpstorage.spec.storage import StorageSpec, levels_text
+from mlpstorage.spec.workload import mix_text
 
 DISTRIBUTED = "Distributed execution"
 OUTPUT = "Output"
@@ -163,7 +164,7 @@ def flag_words(spec: KVCacheSpec, name: str) -> list[str]:
     if name == "mpi_params":
         # With `=`, because a value may begin with a dash.
         return [f"{flag}={item}" for group in value for item in group]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and option.nargs:
         return [flag, *(f"{key}={text}" for key, text in value.items())] if value else []
     if option.nargs:
         return [flag, *map(str, value)]
@@ -177,5 +178,7 @@ def value_text(value: object) -> str:
             return number_text(value)
         case tuple():
             return levels_text(value)
+        case dict():
+            return mix_text(value)
         case _:
             return str(value)

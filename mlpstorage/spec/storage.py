@@ -6,11 +6,13 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer, field_validator, model_validator
 
 from mlpstorage.config import (
+    Decisions,
     DirectMode,
     Eviction,
     IoEngineName,
     IoPriority,
     Layout,
+    Promotion,
     StorePolicy,
     Verify,
     WriteOverflow,
@@ -181,6 +183,23 @@ class StorageSpec(WorkloadSpec):
         Field(description="store a new block always, or from its second use on"),
         Option(flags=("--store-policy",), group=POLICY),
     ] = StorePolicy.ALWAYS
+    promote: Annotated[
+        Promotion,
+        Field(description="whether what was found on storage also goes to DRAM, where the GPU tier has no room for it"),
+        Option(flags=("--promote",), group=POLICY),
+    ] = Promotion.ALWAYS
+    decisions: Annotated[
+        Decisions | None,
+        Field(
+            description="what a request finds, stores and evicts is decided; completion: by what is complete; arrival: "
+            "at its arrival, so that two runs of an open loop do the same, and reads wait for the writes they need"
+        ),
+        Option(
+            flags=("--decisions",),
+            group=POLICY,
+            default_text="arrival in an open loop with --max-requests and one rank, else completion",
+        ),
+    ] = None
     eviction: Annotated[
         Eviction,
         Field(
@@ -324,6 +343,31 @@ class StorageSpec(WorkloadSpec):
                 raise ValueError(f"--{name}-cache: layout null stores nothing")
         if self.reuse_cache and self.cache_dir is None:
             raise ValueError("--reuse-cache: needs --cache-dir, where an earlier run left its objects")
+        return self
+
+    @property
+    def timed_policy(self) -> str | None:
+        """The flag of a policy whose decisions hang on time, so that they cannot be made at arrival; None without."""
+        timed = {
+            "--write-overflow drop": self.write_overflow is WriteOverflow.DROP,
+            "--write-interval-s": self.write_interval_s > 0,
+            "--write-queue-s": self.write_queue_s is not None,
+            "--load-timeout": self.load_timeout is not None,
+        }
+        return next((flag for flag, given in timed.items() if given), None)
+
+    @model_validator(mode="after")
+    def _arrival_decides_all(self) -> "StorageSpec":
+        if self.decisions is Decisions.ARRIVAL and self.timed_policy is not None:
+            raise ValueError(f"--decisions arrival: {self.timed_policy} decides by time")
+        return self
+
+    @model_validator(mode="after")
+    def _trials_begin_empty(self) -> "StorageSpec":
+        if self.trials > 1 and (self.keep_cache or self.reuse_cache):
+            raise ValueError(
+                f"--trials: each begins with an empty cache: leave out --{'keep' if self.keep_cache else 'reuse'}-cache"
+            )
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from mlpstorage.config import IoPriority
+from mlpstorage.config import IoPriority, Verify
 from mlpstorage.storage.arena import DramArena
 from mlpstorage.storage.base import BlockStore, Moved
 from mlpstorage.storage.chains import ChainQueues, skipped
@@ -13,6 +13,7 @@ from mlpstorage.storage.ops import Chain, Lane, OnDone, Op, OpDone, OpKind
 from mlpstorage.storage.payload import PagedMemory, Payload, PayloadBuffer
 
 _NOTHING_MOVED = Moved()
+_NO_BYTES = memoryview(b"")
 
 
 class IoPool:
@@ -108,13 +109,26 @@ class IoPool:
 class Worker:
     """What one thread needs to do operations, and what is known of the one that it is doing."""
 
-    __slots__ = ("_arena", "_buffer", "_do", "_end_ns", "_moved", "_payload", "_payload_ns", "_start_ns", "_store")
+    __slots__ = (
+        "_arena",
+        "_buffer",
+        "_bytes_matter",
+        "_do",
+        "_end_ns",
+        "_moved",
+        "_payload",
+        "_payload_ns",
+        "_start_ns",
+        "_store",
+    )
 
     def __init__(self, store: BlockStore, payload: Payload, arena: DramArena | None) -> None:
         self._store = store
         self._payload = payload
         self._arena = arena
         self._buffer: PayloadBuffer | None = None
+        # A store that keeps no bytes needs none made, where nobody looks at them either.
+        self._bytes_matter = store.capabilities.holds_data or payload.verify is not Verify.OFF
         self._start_ns = 0
         self._end_ns = 0
         self._payload_ns = 0
@@ -168,14 +182,14 @@ class Worker:
         )
 
     def _read(self, op: Op) -> int:
-        memory = (self._buffer or self._new_buffer()).to_read().memory
+        memory = (self._buffer or self._new_buffer()).to_read().memory if self._bytes_matter else _NO_BYTES
         self._start_ns = time.perf_counter_ns()
         self._moved = self._store.read(op.object_id, memory)
         self._end_ns = time.perf_counter_ns()
-        return self._check(op)
+        return self._check(op) if self._bytes_matter else 0
 
     def _write(self, op: Op) -> int:
-        memory = self._stamp(op).memory
+        memory = self._stamp(op).memory if self._bytes_matter else _NO_BYTES
         self._start_ns = time.perf_counter_ns()
         self._moved = self._store.write(op.object_id, memory)
         self._end_ns = time.perf_counter_ns()

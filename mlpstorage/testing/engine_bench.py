@@ -13,13 +13,23 @@ assert bench.ids(OpKind.READ) == [1, 2]
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 
-from mlpstorage.config import Eviction, GenerationMode, StorePolicy, TouchOrder, WriteOverflow, WriteSync
+from mlpstorage.config import (
+    Decisions,
+    Eviction,
+    GenerationMode,
+    Promotion,
+    StorePolicy,
+    TouchOrder,
+    WriteOverflow,
+    WriteSync,
+)
 from mlpstorage.kvcache.engine import Engine
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.pacing import Pacing
 from mlpstorage.kvcache.recorder import Recorder
 from mlpstorage.kvcache.request import Request
 from mlpstorage.measure.clock import NS
+from mlpstorage.plan.compute import ConstantCompute
 from mlpstorage.storage.arena import DramArena
 from mlpstorage.storage.ops import OpKind
 from mlpstorage.testing.virtual import ModelledIO, VirtualClock
@@ -36,7 +46,12 @@ PLAIN = EngineConfig(
     touch=TouchOrder.TAIL,
     prefix_caching=True,
     # Were it waited for, a prompt token would take 1 ms, and an output token after the first 10 ms.
-    pacing=Pacing(mode=GenerationMode.NONE, prefill_tokens_per_s=1000.0, decode_tokens_per_s=100.0),
+    pacing=Pacing(
+        mode=GenerationMode.NONE,
+        compute=ConstantCompute(prefill_tokens_per_s=1000.0, decode_tokens_per_s=100.0),
+    ),
+    promote=Promotion.ALWAYS,
+    decisions=Decisions.COMPLETION,
     store_policy=StorePolicy.ALWAYS,
     eviction=Eviction.LRU,
     evict_above=1.0,
@@ -79,7 +94,10 @@ class EngineBench:
         self.io.kv_ranks = self.config.kv_ranks
         self.arena = DramArena(self.config.cpu_blocks, 0)
         self.recorder = Recorder(
-            object_bytes=self.config.object_bytes, stored_bytes=self.config.object_bytes, window_ns=(0, 1 << 62)
+            object_bytes=self.config.object_bytes,
+            stored_bytes=self.config.object_bytes,
+            ttft_target_ns=NS,
+            window_ns=(0, 1 << 62),
         )
         self.io.on_operations = self.recorder.operations
         self.engine = Engine(

@@ -100,8 +100,10 @@ class Cli:
         )
 
     def load(self, *words: object) -> list[str]:
-        """The words of a tiny `kvcache run`; a flag of TINY that `words` name is theirs."""
+        """The words of a tiny `kvcache run`; a flag of TINY that `words` name is theirs. A trace has its own blocks."""
         given = {str(word) for word in words}
+        if "--trace" in given:
+            given.add("--block-tokens")
         base = [word for flag, value in TINY.items() if flag not in given for word in (flag, value)]
         return ["kvcache", "run", "--results-dir", str(self.results), *base, *map(str, words)]
 

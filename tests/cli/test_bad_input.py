@@ -48,6 +48,12 @@ def left_behind(cli: Cli) -> list[Path]:
         pytest.param(["--cpu-mem-gb", "-1"], ["--cpu-mem-gb", "0"], id="negative memory"),
         pytest.param(["--block-tokens", "0"], ["--block-tokens", "1"], id="no block tokens"),
         pytest.param(["--max-requests", "0"], ["--max-requests", "1"], id="no requests"),
+        pytest.param(["--trials", "0"], ["--trials", "1"], id="no trials"),
+        pytest.param(["--warmup", "soon"], ["--warmup", "steady"], id="warm-up is neither seconds nor the word"),
+        pytest.param(["--workload", "poetry"], ["--workload", "coding-agent"], id="unknown profile"),
+        pytest.param(["--workload", "chat=0"], ["--workload", "greater than 0"], id="profile without weight"),
+        pytest.param(["--request-rate", "0"], ["--request-rate", "greater than 0"], id="no rate"),
+        pytest.param(["--arrivals", "sometimes"], ["--arrivals", "sometimes"], id="unknown arrivals"),
     ],
 )
 def test_usage_error_is_one_line_that_names_the_flag(cli: Cli, words: list[str], said: list[str]) -> None:
@@ -57,6 +63,37 @@ def test_usage_error_is_one_line_that_names_the_flag(cli: Cli, words: list[str],
     line = one_line(ended.stderr)
     assert [text for text in said if text not in line] == []
     assert ended.stdout == ""
+    assert list(cli.place.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "other"),
+    [
+        (["--arrivals", "open"], "--arrivals open", "--request-rate"),
+        (["--arrivals", "session"], "--arrivals session", "--trace"),
+        (["--arrivals", "closed", "--request-rate", "5"], "--request-rate", "--arrivals closed"),
+        (["--time-scale", "0.5"], "--time-scale", "--trace"),
+        (["--spread-arrivals", "3"], "--spread-arrivals", "--trace"),
+        (["--max-requests", "3"], "--max-requests", "--trace"),
+        (["--trace-format", "azure"], "--trace-format", "--trace"),
+        (["--trace", "t.jsonl", "--enable-rag"], "--enable-rag", "trace"),
+        (["--trace", "t.jsonl", "--workload", "rag"], "--workload", "trace"),
+        (["--trace", "t.jsonl", "--disable-multi-turn"], "--disable-multi-turn", "trace"),
+        (["--trace", "t.jsonl", "--request-rate", "5", "--time-scale", "2"], "--time-scale", "--request-rate"),
+        (["--enable-rag", "--workload", "chat=1,batch=1"], "--enable-rag", "--workload"),
+        (["--trials", "2", "--keep-cache"], "--trials", "--keep-cache"),
+        (["--decisions", "arrival", "--load-timeout", "1"], "--decisions arrival", "--load-timeout"),
+        (["--accelerator", "h100", "--prefill-tokens-per-s", "100"], "--prefill-tokens-per-s", "--accelerator"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_flags_that_do_not_go_together(cli: Cli, words: list[str], flag: str, other: str) -> None:
+    """Exit 2, one line that begins with the flag and names what it does not go with; nothing is created."""
+    ended = cli.run("kvcache", "run", "--results-dir", cli.results, *words)
+    assert ended.returncode == 2, ended.stderr
+    line = one_line(ended.stderr)
+    assert flag in line
+    assert other in line
     assert list(cli.place.iterdir()) == []
 
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.trace_files import mooncake
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.cli.conftest import Cli, Run
@@ -33,6 +35,11 @@ print(json.dumps({"moved": moved() - before, "returncode": ended.returncode, "st
 
 LATENCIES = {
     "ttft",
+    "ttft_without_storage",
+    "ttft_without_cache",
+    "client_late",
+    "prefill_queue",
+    "storage_load",
     "request_load",
     "lookup",
     "storage_read",
@@ -46,6 +53,8 @@ TOTAL_KEYS = {"read_bytes", "written_bytes", "padding_bytes", "deleted_bytes", "
 STORAGE_KEYS = TOTAL_KEYS | {
     "read_gib_per_s",
     "write_gib_per_s",
+    "read_peak_gib_per_s",
+    "read_burst_ratio",
     "direct_files",
     "buffered_files",
     "io_errors",
@@ -69,8 +78,26 @@ SUMMARY_KEYS = {
     "storage_total": TOTAL_KEYS,
     "latency": LATENCIES,
     "client": {"cpu_s", "cpu_ms_per_gib", "max_rss_bytes", "loop_lag_p99_ms", "bottleneck"},
-    "breakeven": {"prefill_tokens_per_s", "read_gib_per_s_needed", "ttft_saved_mean_ms"},
-    "slo": {"ttft_p95_ms_target", "met"},
+    "ttft_parts": {
+        "client_late_mean_ms",
+        "lookup_mean_ms",
+        "storage_load_mean_ms",
+        "dram_load_mean_ms",
+        "prefill_queue_mean_ms",
+        "prefill_mean_ms",
+        "storage_share",
+    },
+    "saved": {"requests", "slower_requests", "mean_ms", "p5_ms", "p50_ms", "p95_ms"},
+    "breakeven": {
+        "prefill_tokens_per_s",
+        "read_gib_per_s_needed",
+        "load_gib_per_s",
+        "storage_loads",
+        "storage_slower_loads",
+        "storage_saved_mean_ms",
+    },
+    "reuse_distance": {"first_use_share", "p50_gib", "p90_gib", "p99_gib"},
+    "slo": {"ttft_p95_ms_target", "met", "within_target", "goodput_per_s"},
 }
 METADATA_KEYS = {
     "schema_version",
@@ -252,6 +279,31 @@ def test_hit_ratios_are_parts_of_the_prompts(run: Run) -> None:
         assert 0 < ratios["storage"] < 1
 
 
+def test_parts_of_ttft_add_up_to_its_mean(run: Run) -> None:
+    """What the mean TTFT is made of leaves nothing out; storage has its share; without modelled time nobody queues."""
+    parts = dict(run.summary["ttft_parts"])
+    share = parts.pop("storage_share")
+    ttft = run.summary["latency"]["ttft"]
+    assert ttft["count"] > 0
+    # The client rounds to nanoseconds, the summary to the millionth of a millisecond.
+    assert sum(parts.values()) == pytest.approx(ttft["mean_ms"], abs=1e-4)
+    assert share == pytest.approx(parts["storage_load_mean_ms"] / sum(parts.values()))
+    assert parts["prefill_queue_mean_ms"] == 0
+
+
+def test_break_even_follows_from_the_rank_file(run: Run) -> None:
+    """Worked out by hand from what the rank counted: bandwidths of a request and the mean that storage saved."""
+    counted, told = run.rank(0)["first_tokens"], run.summary["breakeven"]
+    assert counted["storage_loads"] > 0
+    loaded_gib = counted["storage_load_tokens"] * TINY_BYTES_PER_TOKEN / GIB
+    assert told["load_gib_per_s"] == pytest.approx(loaded_gib / (counted["storage_loads_ns"] / 1e9))
+    assert told["read_gib_per_s_needed"] == pytest.approx(loaded_gib / (counted["storage_recompute_ns"] / 1e9))
+    saved_ns = counted["storage_recompute_ns"] - counted["storage_loads_ns"]
+    assert told["storage_saved_mean_ms"] == pytest.approx(saved_ns / 1e6 / counted["storage_loads"])
+    slo = run.summary["slo"]
+    assert slo["goodput_per_s"] == pytest.approx(counted["within_target"] / run.summary["window"]["measured_s"])
+
+
 def test_percentiles_lie_between_minimum_and_maximum(run: Run) -> None:
     """Percentiles rise, and one with fewer than ten samples above it is null, not a number."""
     for latency in run.summary["latency"].values():
@@ -368,16 +420,6 @@ def test_objects_are_padded_to_full_pages(cli: Cli) -> None:
     assert total["write_ops"] > 0
     assert total["written_bytes"] == total["write_ops"] * object_bytes
     assert total["padding_bytes"] == (total["read_ops"] + total["write_ops"]) * (275 * 4096 - object_bytes)
-
-
-def mooncake(path: Path, requests: Iterable[tuple[int, int, list[int]]]) -> Path:
-    """Write a trace of (timestamp in ms, prompt tokens, block ids)."""
-    rows = [
-        {"timestamp": at_ms, "input_length": tokens, "output_length": 10, "hash_ids": ids}
-        for at_ms, tokens, ids in requests
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def test_trace_is_played_whole(cli: Cli) -> None:

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.trace_files import mooncake
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.cli.conftest import Cli
-
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LOCAL = ("kvcache", "run", "--model", "llama3.1-8b", "--num-users", "50", "--duration", "30")
 DISTRIBUTED = (*LOCAL, "--hosts", "host1", "host2", "--exec-type", "mpi", "--num-processes", "2")
@@ -62,6 +60,24 @@ def test_nobody_is_contacted(cli: Cli, tmp_path_factory: pytest.TempPathFactory,
     assert "execve(" in seen
     assert "connect(" not in seen
     assert list(cli.place.iterdir()) == []
+
+
+def test_plan_of_a_trace_is_settled(cli: Cli) -> None:
+    """What follows from the trace stands in the plan and in the command; nothing is created."""
+    trace = mooncake(cli.place / "trace.jsonl", [(0, 600, [1, 2])])
+    ended = cli.run(*LOCAL, "--results-dir", cli.results, "--trace", trace, "--max-requests", "1", "--what-if")
+    assert ended.returncode == 0, ended.stderr
+    assert f"trace {trace} (mooncake), open loop, times x 1, first 1 requests" in ended.stdout
+    for name, value in (
+        ("arrivals", "open"),
+        ("block_tokens", "512"),
+        ("trace_format", "mooncake"),
+        ("decisions", "arrival"),
+    ):
+        assert [name, value, "(auto)"] in [line.split() for line in ended.stdout.splitlines()]
+        words = command_line(ended.stdout)
+        assert words[words.index(f"--{name.replace('_', '-')}") + 1] == value
+    assert list(cli.place.iterdir()) == [trace]
 
 
 def test_plan_as_json(cli: Cli) -> None:

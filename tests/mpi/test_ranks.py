@@ -1,5 +1,6 @@
 """Several ranks on this machine, started by a real MPI launcher."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -11,22 +12,22 @@ from typing import Any
 
 import pytest
 
+from tests.trace_files import mooncake
+
 BIN = Path(sys.executable).parent
 SEARCH = os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)])
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def two_ranks(place: Path, *flags: str | Path) -> tuple[Path, dict[str, Any]]:
     """Result directory and summary of a run of two ranks."""
     if shutil.which("mpirun", path=SEARCH) is None or importlib.util.find_spec("mpi4py") is None:
         pytest.skip("no mpirun or no mpi4py: install mlpstorage[mpi]")
-    place = tmp_path_factory.mktemp("ranks")
-    flags = (
-        "kvcache run --model tiny-1b --num-users 3 --generation-mode none --duration 2 --warmup 0.2 --gpu-mem-gb 0 "
-        "--cpu-mem-gb 0.02 --storage-gb 0.3 --block-tokens 64 --num-processes 2 --oversubscribe --allow-run-as-root"
+    words = (
+        "kvcache run --model tiny-1b --num-users 3 --generation-mode none --gpu-mem-gb 0 --storage-gb 0.3 "
+        "--num-processes 2 --oversubscribe --allow-run-as-root"
     )
     ended = subprocess.run(
-        [BIN / "mlpstorage", *flags.split(), "--results-dir", place / "results", "--cache-dir", place / "cache"],
+        [BIN / "mlpstorage", *words.split(), *flags, "--results-dir", place / "results"],
         capture_output=True,
         text=True,
         check=False,
@@ -34,8 +35,17 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     )
     assert ended.returncode == 0, ended.stderr
     (summary_path,) = place.glob("results/kv_cache/tiny-1b/run/*/summary.json")
-    assert not list(place.glob("cache/**/*"))
     return summary_path.parent, json.loads(summary_path.read_text())
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run of synthetic users on files."""
+    place = tmp_path_factory.mktemp("ranks")
+    flags = ["--duration", "2", "--warmup", "0.2", "--cpu-mem-gb", "0.02", "--block-tokens", "64"]
+    found = two_ranks(place, *flags, "--cache-dir", place / "cache")
+    assert not list(place.glob("cache/**/*"))
+    return found
 
 
 def ranks_of(directory: Path) -> list[dict[str, Any]]:
@@ -60,6 +70,41 @@ def test_ranks_play_different_users(result: tuple[Path, dict[str, Any]]) -> None
     assert (first["rank"], second["rank"]) == (0, 1)
     assert first["run_id"] == second["run_id"] == result[1]["run_id"]
     assert first["workload_digest"] != second["workload_digest"]
+
+
+def test_digests_are_those_of_the_ranks_in_their_order(result: tuple[Path, dict[str, Any]]) -> None:
+    """SHA-256 of the ranks' digests, one a line: of what they played, and of what they did."""
+    directory, summary = result
+    for name in ("workload_digest", "operations_digest"):
+        lines = "".join(f"{rank[name]}\n" for rank in ranks_of(directory))
+        assert summary[name] == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_parts_of_ttft_are_means_over_both_ranks(result: tuple[Path, dict[str, Any]]) -> None:
+    """Sums of the rank files over all first tokens; their sum is the pooled mean."""
+    directory, summary = result
+    counted = [rank["first_tokens"] for rank in ranks_of(directory)]
+    requests = sum(one["requests"] for one in counted)
+    assert all(one["requests"] > 0 for one in counted)
+    parts = dict(summary["ttft_parts"])
+    loaded_ns = sum(one["storage_load_ns"] for one in counted)
+    assert parts["storage_load_mean_ms"] == pytest.approx(loaded_ns / 1e6 / requests)
+    del parts["storage_share"]
+    assert sum(parts.values()) == pytest.approx(summary["latency"]["ttft"]["mean_ms"], abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", [("--arrivals", "open"), ("--arrivals", "closed"), ("--request-rate", "40")])
+def test_two_ranks_share_a_trace(tmp_path: Path, mode: tuple[str, str]) -> None:
+    """Each request is played once, by one of them, which writes its blocks: none is left out, none comes twice."""
+    requests = [(50 * number, 1_100 + number, [2 * number, 2 * number + 1, 1_000]) for number in range(11)]
+    trace = mooncake(tmp_path / "trace.jsonl", requests)
+    whole = ("--warmup", "0", "--duration", "30", "--cpu-mem-gb", "0", "--layout", "null")
+    directory, summary = two_ranks(tmp_path, *whole, *mode, "--trace", trace)
+    ranks = ranks_of(directory)
+    assert [rank["requests"]["completed"] for rank in ranks] == [6, 5]
+    assert summary["requests"]["completed"] == 11
+    assert sum(rank["requests"]["prompt_tokens"] for rank in ranks) == 11 * 1_100 + 55
+    assert [rank["storage_total"]["write_ops"] for rank in ranks] == [12, 10]
 
 
 def test_percentiles_are_of_the_pooled_samples(result: tuple[Path, dict[str, Any]]) -> None:

@@ -1,9 +1,11 @@
 """The latency histogram against exact statistics of the samples."""
 
+import math
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlpstorage.measure.histogram import Histogram, bucket_bounds_ns, bucket_of
+from mlpstorage.measure.histogram import Histogram, SignedHistogram, bucket_bounds_ns, bucket_of
 
 deterministic = settings(derandomize=True, deadline=None, database=None, max_examples=300)
 
@@ -11,6 +13,7 @@ deterministic = settings(derandomize=True, deadline=None, database=None, max_exa
 VALUES_NS = st.integers(0, 44).flatmap(lambda bits: st.integers(0, 1 << bits))
 SAMPLES = st.lists(VALUES_NS, min_size=1, max_size=120)
 THOUSANDTHS = st.integers(0, 100_000)
+DIFFERENCES = st.lists(st.tuples(VALUES_NS, st.sampled_from([-1, 1])).map(math.prod), max_size=120)
 
 
 def histogram_of(samples: list[int]) -> Histogram:
@@ -61,3 +64,41 @@ def test_merging_equals_pooling(parts: list[list[int]]) -> None:
     assert merged.counts == histogram_of(pooled).counts
     assert (merged.count, merged.sum_ns) == (len(pooled), sum(pooled))
     assert (merged.min_ns, merged.max_ns) == (min(pooled), max(pooled))
+
+
+def signed_of(samples: list[int]) -> SignedHistogram:
+    """A histogram of differences."""
+    histogram = SignedHistogram()
+    for sample in samples:
+        histogram.record(sample)
+    return histogram
+
+
+@deterministic
+@given(samples=DIFFERENCES, thousandths=THOUSANDTHS)
+def test_percentiles_of_differences_are_the_nearest_rank_to_a_bucket(samples: list[int], thousandths: int) -> None:
+    """Of the sorted differences the one of that rank, sign and bucket; the rule of ten holds at the end that is nearer.
+
+    From the middle up ten must lie above; below the middle, below.
+    """
+    rank = max(-(-len(samples) * thousandths // 100_000), 1)
+    found = signed_of(samples).percentile_ns(thousandths / 1000)
+    beyond = rank - 1 if thousandths < 50_000 else len(samples) - rank
+    if beyond < 10:
+        assert found is None
+    else:
+        assert found is not None
+        exact = sorted(samples)[rank - 1]
+        assert (found < 0, bucket_of(abs(found))) == (exact < 0, bucket_of(abs(exact)))
+
+
+@deterministic
+@given(parts=st.lists(DIFFERENCES, max_size=5))
+def test_merging_differences_equals_pooling(parts: list[list[int]]) -> None:
+    """In count, in the exact mean, and in every bucket."""
+    merged = SignedHistogram.merged(signed_of(part) for part in parts)
+    pooled = [sample for part in parts for sample in part]
+    assert merged.count == len(pooled)
+    assert merged.mean_ns == (sum(pooled) / len(pooled) if pooled else None)
+    assert merged.gains.counts == signed_of(pooled).gains.counts
+    assert merged.losses.counts == signed_of(pooled).losses.counts

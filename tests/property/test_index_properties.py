@@ -18,8 +18,9 @@ CAPACITIES = st.none() | st.integers(0, 6)
 class ListModel:
     """The same contract on a plain list, oldest first, with every step written out."""
 
-    def __init__(self, capacity: int | None) -> None:
+    def __init__(self, capacity: int | None, *, can_pin: bool = True) -> None:
         self.capacity = capacity
+        self.can_pin = can_pin
         self.order: list[int] = []
         self.pins: list[int] = []
 
@@ -53,8 +54,9 @@ class ListModel:
         self.pins = [pinned for pinned in self.pins if pinned != block_id]
 
     def pin(self, block_id: int) -> None:
-        """One pin more."""
-        self.pins.append(block_id)
+        """One pin more, where there can be any."""
+        if self.can_pin:
+            self.pins.append(block_id)
 
     def unpin(self, block_id: int) -> bool:
         """One pin less, where there is one; whether none is left."""
@@ -70,10 +72,12 @@ class ListModel:
 
 
 @deterministic
-@given(capacity=CAPACITIES, operations=OPERATIONS)
-def test_every_operation_agrees_with_the_list_model(capacity: int | None, operations: list[tuple[str, int]]) -> None:
+@given(capacity=CAPACITIES, operations=OPERATIONS, pins=st.booleans())
+def test_every_operation_agrees_with_the_list_model(
+    capacity: int | None, operations: list[tuple[str, int]], *, pins: bool
+) -> None:
     """Answers, evicted ids and their order, and what is held afterwards are those of the model, pins included."""
-    lru, model = LruSet(capacity), ListModel(capacity)
+    lru, model = LruSet(capacity, pins=pins), ListModel(capacity, can_pin=pins)
     for name, block_id in operations:
         told = lru.evict(block_id, {SPARED}) if name == "evict" else getattr(lru, name)(block_id)
         assert told == getattr(model, name)(block_id)

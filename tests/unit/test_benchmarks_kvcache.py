@@ -200,18 +200,23 @@ class TestConstructor:
         parameters = benchmark.metadata["parameters"]
         assert isinstance(parameters, dict)
         assert (parameters["num_users"], parameters["duration"], parameters["seed"]) == (100, 60, 42)
+        settled = (parameters["block_tokens"], parameters["arrivals"], parameters["decisions"])
+        assert settled == (256, "closed", "completion")
         sources = benchmark.metadata["parameter_sources"]
         assert isinstance(sources, dict)
         assert {name: source for name, source in sources.items() if source != "default"} == {
             "layout": "auto",
             "io_depth": "auto",
             "io_threads": "auto",
+            "block_tokens": "auto",
+            "arrivals": "auto",
+            "decisions": "auto",
             "results_dir": "flag",
         }
 
     @pytest.mark.parametrize(
         ("switch", "flag"),
-        [("enable_rag", "--enable-rag"), ("enable_autoscaling", "--enable-autoscaling"), ("closed", "--closed")],
+        [("enable_autoscaling", "--enable-autoscaling"), ("closed", "--closed")],
     )
     def test_a_switch_with_nothing_behind_it_is_refused(self, results_dir: Path, switch: str, flag: str) -> None:
         """A run that silently left it out would measure something else."""

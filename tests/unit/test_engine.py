@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlpstorage.config import Eviction, GenerationMode, StorePolicy, TouchOrder, WriteOverflow, WriteSync
+from mlpstorage.config import Eviction, GenerationMode, Promotion, StorePolicy, TouchOrder, WriteOverflow, WriteSync
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.index import Admission, LruSet, admit
 from mlpstorage.measure.clock import NS
@@ -126,9 +126,12 @@ def test_ttft_counts_from_the_intended_arrival_through_load_and_prefill() -> Non
     load = bench.recorder.latency["request_load"]
     assert (load.count, load.sum_ns) == (1, 3 * MS)
     assert bench.ids(OpKind.COPY_OUT) == [1]
-    # 12 loaded tokens would have taken 12 ms to compute, and took 3 ms to load.
-    assert bench.recorder.requests.ttft_saved_requests == 1
-    assert bench.recorder.requests.ttft_saved_ns == 9 * MS
+    # 12 loaded tokens would have taken 12 ms to compute, and took 3 ms to load; the first request loaded nothing.
+    saved = bench.recorder.saved
+    assert (saved.gains.count, saved.gains.sum_ns, saved.losses.count) == (2, 9 * MS, 0)
+    tokens = bench.recorder.first_tokens
+    assert (tokens.client_late_ns, tokens.storage_load_ns, tokens.dram_load_ns) == (2 * NS, 3 * MS, 0)
+    assert (tokens.prefill_ns, tokens.prefill_queue_ns) == ((12 + 4) * MS, 0)
 
 
 def test_a_full_hit_still_computes_one_token() -> None:
@@ -557,6 +560,7 @@ class Limit:
         cpu_blocks=st.integers(0, 6),
         storage_blocks=st.integers(1, 20),
         kv_ranks=st.integers(1, 3),
+        promote=st.sampled_from(Promotion),
         store_policy=st.sampled_from(StorePolicy),
         eviction=st.sampled_from(Eviction),
         evict_above=st.floats(0.7, 1.0),
@@ -588,7 +592,8 @@ def test_no_load_makes_the_engine_ask_for_what_is_not_there(
 ) -> None:
     """Concurrent requests, any sizes, policies and speeds, and some wrong data.
 
-    No wrong operation, no capacity exceeded, the tiers are true and every block that was to be stored is accounted for.
+    No wrong operation, no capacity exceeded, the tiers are true and every block that was to be stored is accounted for;
+    the parts of all times to first token add up to them.
     """
     io = ModelledIO(servers=servers, latency_ns=latency_ns, failures=dict.fromkeys(wrong, WRONG))
     bench = EngineBench(config, io)
@@ -626,6 +631,10 @@ def test_no_load_makes_the_engine_ask_for_what_is_not_there(
     assert totals.write_ops - totals.delete_ops == len(bench.io.stored)
     assert totals.sync_ops == (totals.write_ops if config.write_sync is WriteSync.BATCH else 0)
     assert config.eviction is Eviction.LRU or totals.delete_ops <= len(wrong) * config.kv_ranks
+    tokens, ttft = bench.recorder.first_tokens, bench.recorder.latency["ttft"]
+    assert tokens.requests == ttft.count == bench.recorder.requests.completed
+    waited_ns = tokens.client_late_ns + tokens.lookup_ns + tokens.prefill_queue_ns
+    assert waited_ns + tokens.storage_load_ns + tokens.dram_load_ns + tokens.prefill_ns == ttft.sum_ns
 
 
 # The fake itself

@@ -12,7 +12,7 @@ from mlpstorage.kvcache.engine import Engine
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.recorder import Recorder
 from mlpstorage.kvcache.threaded_io import ThreadedIO
-from mlpstorage.measure.clock import MonotonicClock
+from mlpstorage.measure.clock import NS, MonotonicClock
 from mlpstorage.storage.arena import DramArena
 from mlpstorage.storage.file_store import FileStore
 from mlpstorage.storage.keys import ObjectKeys
@@ -68,7 +68,9 @@ class Rig:
         arena = DramArena(self.config.cpu_blocks, self.config.kv_ranks * store.stored_bytes)
         pool = IoPool(store, payload, arena, 4)
         pool.start()
-        self.recorder = Recorder(object_bytes=OBJECT_BYTES, stored_bytes=store.stored_bytes, window_ns=(0, 1 << 62))
+        self.recorder = Recorder(
+            object_bytes=OBJECT_BYTES, stored_bytes=store.stored_bytes, ttft_target_ns=NS, window_ns=(0, 1 << 62)
+        )
         self.engine = Engine(
             self.config,
             blocks=ThreadedIO(pool, self.recorder.operations),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from mlpstorage.config import GenerationMode, StorePolicy, TouchOrder, WriteOverflow
+from mlpstorage.config import Decisions, GenerationMode, Promotion, StorePolicy, TouchOrder, WriteOverflow
 from mlpstorage.storage.ops import OpKind
 from mlpstorage.storage.payload import VerifyError
 from mlpstorage.testing.engine_bench import MS, PLAIN, EngineBench, now_ns, sleep_ms
@@ -81,7 +81,10 @@ def test_too_little_on_storage_is_computed_and_not_read(known: int, reads: int, 
     assert len(bench.ids(OpKind.READ)) == requests.hit_blocks.storage == reads
     assert requests.cached_tokens.storage == 4 * reads
     assert requests.loads_skipped == (0 if reads else 1)
-    assert bench.recorder.latency["request_load"].count == requests.ttft_saved_requests == (1 if reads else 0)
+    assert bench.recorder.latency["request_load"].count == bench.recorder.first_tokens.storage_loads == bool(reads)
+    # 16 ms of computing less 5 and 4; the other requests loaded nothing and saved nothing.
+    saved = bench.recorder.saved
+    assert (saved.gains.count, saved.gains.sum_ns, saved.losses.count) == (2, 7 * MS if reads else 0, 0)
     # What was computed although storage has it is not written again.
     assert bench.ids(OpKind.WRITE) == [0, 1, 2, 3]
     assert bench.recorder.window.dedup_skipped_bytes == (0 if reads else 2) * PLAIN.object_bytes
@@ -131,8 +134,10 @@ def test_a_load_that_takes_too_long_is_abandoned_and_computed() -> None:
     assert len(bench.io.finished) == 4 + 4
     load = bench.recorder.latency["request_load"]
     assert (load.count, load.sum_ns) == (1, 25 * MS)
-    # The time was spent for nothing.
-    assert (requests.ttft_saved_requests, requests.ttft_saved_ns) == (1, -25 * MS)
+    # The time was spent for nothing: a part of TTFT, and a loss, but of no load that was used.
+    saved, tokens = bench.recorder.saved, bench.recorder.first_tokens
+    assert (saved.gains.sum_ns, saved.losses.count, saved.losses.sum_ns) == (0, 1, 25 * MS)
+    assert (tokens.storage_load_ns, tokens.storage_loads, tokens.storage_loads_ns) == (25 * MS, 0, 0)
     assert bench.ids(OpKind.WRITE) == [1, 2, 3, 4]
 
 
@@ -321,3 +326,91 @@ def test_a_block_that_was_dropped_is_written_when_it_is_computed_again() -> None
     run_virtual(play())
     assert bench.ids(OpKind.WRITE) == [1, 2]
     assert bench.recorder.window.writes_dropped == 1
+
+
+# What was found on storage, and DRAM
+
+
+@pytest.mark.parametrize("decisions", Decisions)
+@pytest.mark.parametrize(
+    ("promote", "copied", "found"), [(Promotion.ALWAYS, [1, 2, 1], (1, 2)), (Promotion.NEVER, [1, 2], (1, 2))]
+)
+def test_without_a_gpu_tier_what_was_read_goes_to_dram_or_does_not(
+    promote: Promotion, copied: list[int], found: tuple[int, int], decisions: Decisions
+) -> None:
+    """A DRAM tier of one: 1, then 2 pushes it out. 1 is read, and pushes out 2, or leaves it where it is.
+
+    Then 2 and 1 are asked for: the one that lies in DRAM is copied out of it, the other is read.
+    """
+    bench = EngineBench(replace(PLAIN, cpu_blocks=1, promote=promote, decisions=decisions))
+
+    async def play() -> None:
+        for block_id in (1, 2, 1):
+            await bench.ask_and_settle(block_id)
+        assert bench.ids(OpKind.READ) == [1]
+        assert bench.ids(OpKind.COPY_IN) == copied
+        await bench.ask_and_settle(1 if promote is Promotion.ALWAYS else 2)
+        assert bench.ids(OpKind.COPY_OUT) == [1 if promote is Promotion.ALWAYS else 2]
+        await bench.ask_and_settle(2 if promote is Promotion.ALWAYS else 1)
+
+    run_virtual(play())
+    hits = bench.recorder.requests.hit_blocks
+    assert (hits.cpu, hits.storage) == found
+    assert bench.io.misuses == []
+
+
+def test_what_was_computed_behind_it_goes_to_dram_all_the_same() -> None:
+    """1 and 2 are read and not promoted, 3 is new: DRAM takes it alone, and keeps what of the chain it had."""
+    bench = EngineBench(replace(PLAIN, cpu_blocks=2, promote=Promotion.NEVER))
+
+    async def play() -> None:
+        await bench.ask_and_settle(1, 2)
+        await bench.ask_and_settle(8, 9)
+        assert bench.io.slots == {0: 9, 1: 8} or set(bench.io.slots.values()) == {8, 9}
+        await bench.ask_and_settle(1, 2, 3)
+
+    run_virtual(play())
+    assert bench.ids(OpKind.READ) == [1, 2]
+    assert bench.ids(OpKind.COPY_IN) == [2, 1, 9, 8, 3]
+    # 9, the tail, was the older of the two.
+    assert set(bench.io.slots.values()) == {8, 3}
+
+
+@pytest.mark.parametrize(("promote", "copied", "found"), [(Promotion.ALWAYS, [6, 2], 1), (Promotion.NEVER, [6], 0)])
+def test_with_a_gpu_tier_what_finds_no_room_there_goes_to_dram_or_does_not(
+    promote: Promotion, copied: list[int], found: int
+) -> None:
+    """A GPU tier of one, DRAM of two. Of each chain of two the head goes to the GPU and the tail to DRAM.
+
+    The head goes there, too, when the next chain comes: in the end 1 and 2 are on storage alone, 6 on the GPU, 8 and 7
+    in DRAM. Where 1 and 2 are read, 1 takes the place of 6, which goes to DRAM; 2 finds no place.
+    """
+    bench = EngineBench(replace(PLAIN, gpu_blocks=1, cpu_blocks=2, promote=promote))
+
+    async def play() -> None:
+        for chain in ((1, 2), (8, 9), (6, 7)):
+            await bench.ask_and_settle(*chain)
+        assert bench.ids(OpKind.COPY_IN) == [2, 1, 9, 8, 7]
+        await bench.ask_and_settle(1, 2)
+        assert bench.ids(OpKind.READ) == [1, 2]
+        assert bench.ids(OpKind.COPY_IN)[5:] == copied
+        await bench.ask_and_settle(1, 2)
+
+    run_virtual(play())
+    hits = bench.recorder.requests.hit_blocks
+    assert (hits.gpu, hits.cpu, hits.storage) == (1, found, 2 + 1 - found)
+
+
+def test_what_leaves_the_gpu_goes_to_dram_whatever_it_came_from() -> None:
+    """1 is read from storage and has room on the GPU; pushed out of it by 5 it is found in DRAM."""
+    bench = EngineBench(replace(PLAIN, gpu_blocks=1, cpu_blocks=2, promote=Promotion.NEVER))
+
+    async def play() -> None:
+        for block_id in (1, 2, 3, 4, 1, 5):
+            await bench.ask_and_settle(block_id)
+        assert bench.ids(OpKind.READ) == [1]
+        assert await bench.ask_and_settle(1) == 1
+
+    run_virtual(play())
+    assert bench.ids(OpKind.READ) == bench.ids(OpKind.COPY_OUT) == [1]
+    assert bench.recorder.requests.hit_blocks.cpu == 1

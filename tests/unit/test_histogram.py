@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlpstorage.measure.histogram import Histogram, bucket_bounds_ns, bucket_of
+from mlpstorage.measure.histogram import Histogram, SignedHistogram, bucket_bounds_ns, bucket_of
 
 
 def filled(*values_ns: int) -> Histogram:
@@ -98,3 +98,62 @@ def test_a_restored_histogram_equals_the_exported_one() -> None:
     assert restored.mean_ns == pytest.approx(549.5)
     restored.record(1)
     assert histogram.count == 900
+
+
+# Differences
+
+
+def signed(*values_ns: int) -> SignedHistogram:
+    """A histogram of the given differences."""
+    histogram = SignedHistogram()
+    for value in values_ns:
+        histogram.record(value)
+    return histogram
+
+
+def test_differences_are_ranked_from_the_greatest_loss_to_the_greatest_gain() -> None:
+    """Of -100 to -1 and 1 to 100, each once, the 10th percentile is the 20th, the 50th the 100th and so on."""
+    histogram = signed(*range(1, 101), *range(-1, -101, -1))
+    assert histogram.percentile_ns(10) == -81
+    assert histogram.percentile_ns(50) == -1
+    assert histogram.percentile_ns(50.5) == 1
+    assert histogram.percentile_ns(75) == 50
+
+
+def test_a_percentile_of_differences_needs_ten_samples_beyond_it_on_its_side() -> None:
+    """Of 200: ten lie above the 190th and nine above the 191st; ten below the 11th and nine below the 10th."""
+    histogram = signed(*range(1, 101), *range(-1, -101, -1))
+    assert histogram.percentile_ns(95) == 90
+    assert histogram.percentile_ns(95.5) is None
+    assert histogram.percentile_ns(5.5) == -90
+    assert histogram.percentile_ns(5) is None
+
+
+def test_the_middle_of_differences_needs_ten_samples_above_it_and_none_below() -> None:
+    """Of 20 the 10th is given, of 19 it is not; just below the middle, nine below are too few."""
+    assert signed(*range(-20, 0)).percentile_ns(50) == -11
+    assert signed(*range(-19, 0)).percentile_ns(50) is None
+    assert signed(*range(-20, 0)).percentile_ns(49) is None
+
+
+def test_no_difference_is_a_gain_of_nothing() -> None:
+    """0 is not a loss: it lies between the losses and the other gains."""
+    histogram = signed(*[-5] * 15, *[0] * 10, *[5] * 15)
+    assert (histogram.gains.count, histogram.losses.count) == (25, 15)
+    assert (histogram.percentile_ns(37), histogram.percentile_ns(50), histogram.percentile_ns(63)) == (-5, 0, 5)
+
+
+def test_the_mean_of_differences_is_exact() -> None:
+    """(3 - 1,000,001 + 7) / 3; of none there is no number."""
+    histogram = signed(3, -1_000_001, 7)
+    assert histogram.count == 3
+    assert histogram.mean_ns == pytest.approx(-333_330.333333)
+    assert (signed().count, signed().mean_ns, signed().percentile_ns(50)) == (0, None, None)
+
+
+def test_differences_of_ranks_are_pooled() -> None:
+    """Gains with gains, losses with losses; the parts stay as they are."""
+    parts = [signed(1, -2), signed(), signed(-2, 300)]
+    total = SignedHistogram.merged(parts)
+    assert (total.gains.counts, total.losses.counts) == ({1: 1, bucket_of(300): 1}, {2: 2})
+    assert (total.mean_ns, parts[0].count) == (297 / 4, 2)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlpstorage.config import TouchOrder
-from mlpstorage.kvcache.index import LruSet, in_touch_order, leading_run
+from mlpstorage.kvcache.index import Findable, LruSet, in_touch_order, leading_run
 
 AGENTIC = Path(__file__).resolve().parents[3] / "shared" / "traces" / "agentic"
 
@@ -70,6 +70,19 @@ def test_a_pinned_id_is_passed_over() -> None:
     assert lru.insert(4) == [1]
 
 
+def test_where_nothing_can_be_pinned_a_pin_keeps_nothing() -> None:
+    """Decisions at arrival hang on the order of requests alone: what is being read is evicted all the same."""
+    lru = LruSet(2, pins=False)
+    lru.insert(1)
+    lru.pin(1)
+    lru.pin(1)
+    lru.insert(2)
+    assert lru.insert(3) == [1]
+    # None was counted, so that none is left.
+    assert lru.unpin(1)
+    assert lru.evict(2) == [2, 3]
+
+
 def test_nothing_changes_where_all_is_pinned() -> None:
     """An insert that finds no room returns None, and neither the ids nor their order change."""
     lru = held(2, 1, 2)
@@ -103,6 +116,18 @@ def test_a_discarded_id_and_its_pins_are_forgotten() -> None:
     assert len(lru) == 0
     assert lru.insert(1) == []
     assert lru.insert(2) == [1]
+
+
+def test_what_is_not_ready_is_held_and_not_found() -> None:
+    """A tier's blocks but for those on their way: a view, which follows both."""
+    lru, unready = held(None, 1, 2, 3), {2}
+    findable = Findable(lru.ids, unready)
+    assert (list(findable), len(findable), 2 in findable, 2 in lru) == ([1, 3], 2, False, True)
+    unready.discard(2)
+    lru.insert(4)
+    lru.discard(1)
+    assert (list(findable), len(findable)) == ([2, 3, 4], 3)
+    assert leading_run([2, 3, 1, 4], [findable]) == 2
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def is_here(name: str) -> bool:
 
 def test_sizes_of_llama() -> None:
     """2 x 32 layers x 8 heads x 128 values x 2 bytes = 128 KiB a token; 256 tokens are 32 MiB, without padding."""
-    planned = sizes(spec(model="llama3.1-8b", gpu_mem_gb=16, cpu_mem_gb=1, storage_gb=2.5, io_threads=8), 256)
+    planned = sizes(spec(model="llama3.1-8b", gpu_mem_gb=16, cpu_mem_gb=1, storage_gb=2.5, io_threads=8))
     assert planned.bytes_per_token == 128 * 1024
     assert planned.object_bytes == planned.stored_bytes == 32 * MIB
     assert (planned.gpu_blocks, planned.cpu_blocks, planned.storage_blocks) == (512, 32, 80)
@@ -51,7 +51,7 @@ def test_sizes_of_llama() -> None:
 
 def test_sizes_of_deepseek_are_padded() -> None:
     """61 layers x 576 values x 2 bytes = 70,272 a token; 16 tokens are 1,124,352 bytes, 274.5 pages, so 275."""
-    planned = sizes(spec(model="deepseek-v3", gpu_mem_gb=1, cpu_mem_gb=1, storage_gb=1), 16)
+    planned = sizes(spec(model="deepseek-v3", gpu_mem_gb=1, cpu_mem_gb=1, storage_gb=1, block_tokens=16))
     assert planned.bytes_per_token == 70_272
     assert planned.object_bytes == 1_124_352
     assert planned.stored_bytes == 275 * 4096 == 1_126_400
@@ -62,7 +62,7 @@ def test_sizes_of_deepseek_are_padded() -> None:
 
 def test_sizes_of_a_block_that_is_split() -> None:
     """4 of 8 heads of llama are 64 KiB a token: 2 objects of 16 MiB a block of 256; capacities stay in blocks."""
-    planned = sizes(spec(tensor_parallel=2, gpu_mem_gb=16, cpu_mem_gb=1, storage_gb=2.5, io_depth=4), 256)
+    planned = sizes(spec(tensor_parallel=2, gpu_mem_gb=16, cpu_mem_gb=1, storage_gb=2.5, io_depth=4))
     assert (planned.kv_ranks, planned.bytes_per_token) == (2, 128 * 1024)
     assert planned.object_bytes == planned.stored_bytes == 16 * MIB
     assert planned.block_bytes == planned.stored_block_bytes == 32 * MIB
@@ -73,7 +73,7 @@ def test_sizes_of_a_block_that_is_split() -> None:
 
 def test_sizes_of_heads_that_are_kept_twice() -> None:
     """One head of llama is 16 KiB a token; on 16 ranks a block is 16 objects of 4 MiB, twice what the model has."""
-    planned = sizes(spec(tensor_parallel=16, gpu_mem_gb=1, storage_gb=1), 256)
+    planned = sizes(spec(tensor_parallel=16, gpu_mem_gb=1, storage_gb=1))
     assert (planned.kv_ranks, planned.object_bytes, planned.block_bytes) == (16, 4 * MIB, 64 * MIB)
     assert planned.bytes_per_token == 256 * 1024
     assert (planned.gpu_blocks, planned.storage_blocks, planned.storage_objects) == (16, 16, 256)
@@ -81,7 +81,7 @@ def test_sizes_of_heads_that_are_kept_twice() -> None:
 
 def test_every_part_of_a_split_block_is_padded() -> None:
     """One token of tiny-1b on 4 ranks is 6,144 bytes, 1.5 pages, each: 4 x 8,192 on storage."""
-    planned = sizes(spec(model="tiny-1b", tensor_parallel=4, gpu_mem_gb=0, storage_gb=1), 1)
+    planned = sizes(spec(model="tiny-1b", tensor_parallel=4, gpu_mem_gb=0, storage_gb=1, block_tokens=1))
     assert (planned.object_bytes, planned.stored_bytes) == (6_144, 8_192)
     assert (planned.block_bytes, planned.stored_block_bytes) == (24_576, 32_768)
     assert planned.storage_blocks == GIB // 32_768
@@ -89,45 +89,49 @@ def test_every_part_of_a_split_block_is_padded() -> None:
 
 def test_latent_attention_is_kept_once() -> None:
     """However many ranks."""
-    one, eight = (sizes(spec(model="deepseek-v3", tensor_parallel=number, storage_gb=1), 16) for number in (1, 8))
+    one, eight = (
+        sizes(spec(model="deepseek-v3", tensor_parallel=number, storage_gb=1, block_tokens=16)) for number in (1, 8)
+    )
     assert one == eight
     assert eight.kv_ranks == 1
 
 
 def test_io_buffers_take_the_objects_and_the_random_bytes() -> None:
     """384 KiB objects at depth 32: 32 to read into, and 64 MiB to write from, in whole objects a buffer (6 each)."""
-    small = sizes(spec(model="tiny-1b", io_depth=32), 16)
+    small = sizes(spec(model="tiny-1b", io_depth=32, block_tokens=16))
     assert small.stored_bytes == 384 * 1024
     assert small.in_flight_bytes == 32 * 384 * 1024
     assert small.io_memory_bytes == 32 * (1 + 6) * 384 * 1024
     # An HTTP client has the object once more.
-    remote = sizes(spec(model="tiny-1b", io_depth=32, cache_dir="s3://bucket/kv", storage_gb=1), 16)
+    remote = sizes(spec(model="tiny-1b", io_depth=32, cache_dir="s3://bucket/kv", storage_gb=1, block_tokens=16))
     assert remote.io_memory_bytes == small.io_memory_bytes + small.in_flight_bytes
 
 
 def test_capacities_are_whole_objects() -> None:
     """A tier of one byte less than three objects holds two; what is left to the run is not known."""
-    planned = sizes(spec(cpu_mem_gb=(96 * MIB - 1) / GIB, gpu_mem_gb=0), 256)
+    planned = sizes(spec(cpu_mem_gb=(96 * MIB - 1) / GIB, gpu_mem_gb=0))
     assert (planned.gpu_blocks, planned.cpu_blocks, planned.storage_blocks) == (0, 2, None)
-    assert sizes(spec(), 256).cpu_blocks is None
-    assert sizes(spec(), 256).storage_objects == 0
+    assert sizes(spec()).cpu_blocks is None
+    assert sizes(spec()).storage_objects == 0
 
 
 def test_the_write_queue_holds_two_objects_for_each_in_flight_at_least() -> None:
     """As many GiB of them as asked for where they are small; large objects would leave threads idle."""
-    assert sizes(spec(write_queue_gib=2.5), 256).write_queue_blocks == 80
-    assert sizes(spec(write_queue_gib=0.001), 256).write_queue_blocks == 16
+    assert sizes(spec(write_queue_gib=2.5)).write_queue_blocks == 80
+    assert sizes(spec(write_queue_gib=0.001)).write_queue_blocks == 16
     # 16 objects are 4 blocks of 4 kv ranks.
-    assert sizes(spec(write_queue_gib=0.001, tensor_parallel=4), 256).write_queue_blocks == 4
-    assert sizes(spec(), 256).write_queue_blocks == 32
-    assert sizes(spec(model="llama2-7b", io_threads=64), 4096).write_queue_blocks == 128
-    assert sizes(spec(model="tiny-1b"), 16).write_queue_blocks == GIB // (12 * 2 * 4 * 128 * 2 * 16) == 2730
+    assert sizes(spec(write_queue_gib=0.001, tensor_parallel=4)).write_queue_blocks == 4
+    assert sizes(spec()).write_queue_blocks == 32
+    assert sizes(spec(model="llama2-7b", io_threads=64, block_tokens=4096)).write_queue_blocks == 128
+    assert (
+        sizes(spec(model="tiny-1b", block_tokens=16)).write_queue_blocks == GIB // (12 * 2 * 4 * 128 * 2 * 16) == 2730
+    )
 
 
 @pytest.mark.parametrize(("storage_gb", "blocks"), [(100, 32), (4, 32), (2.5, 20), (0.1, 1), (0.01, 1)])
 def test_the_write_queue_takes_a_quarter_of_the_storage_tier_at_most(storage_gb: float, blocks: int) -> None:
     """2.5 GiB are 80 objects of 32 MiB; a queue of none would let nothing through."""
-    assert sizes(spec(storage_gb=storage_gb), 256).write_queue_blocks == blocks
+    assert sizes(spec(storage_gb=storage_gb)).write_queue_blocks == blocks
 
 
 @pytest.mark.parametrize(
@@ -139,11 +143,19 @@ def test_the_write_queue_takes_a_quarter_of_the_storage_tier_at_most(storage_gb:
         ({"duration": 3600}, 60.0),
         ({"duration": 60, "warmup": 0}, 0.0),
         ({"duration": 60, "warmup": 100}, 100.0),
+        # At most; it ends as soon as the hit ratio is steady.
+        ({"duration": 60, "warmup": "steady"}, 600.0),
     ],
 )
 def test_warm_up(values: dict[str, float], seconds: float) -> None:
     """A fifth of the duration, at most a minute, unless it is given."""
     assert warmup_s(spec(**values)) == seconds
+
+
+def test_blocks_are_of_256_tokens_where_nothing_else_is_said() -> None:
+    """The default where neither a flag, a profile nor a trace says more; a size that is given is taken."""
+    assert sizes(spec()).block_tokens == 256
+    assert sizes(spec(block_tokens=16)).block_tokens == 16
 
 
 # Automatic sizes
@@ -209,7 +221,7 @@ def test_what_stores_nothing_has_a_limit_all_the_same() -> None:
     """Layout null takes a fixed one, whatever the file system, and its sizes follow as usual."""
     found = automatic_without_space(spec(layout="null"))
     assert found.storage_gb == NULL_STORAGE_GIB == 100
-    assert sizes(found, 256).storage_blocks == 3200
+    assert sizes(found).storage_blocks == 3200
 
 
 def test_layout_and_threads_are_settled_without_a_host() -> None:
@@ -225,13 +237,11 @@ def test_layout_and_threads_are_settled_without_a_host() -> None:
 # Room
 
 
-def check(
-    given: KVCacheSpec, *, memory_gib: float = 100, free_gib: float = 100, ranks: int = 1, block_tokens: int = 256
-) -> None:
+def check(given: KVCacheSpec, *, memory_gib: float = 100, free_gib: float = 100, ranks: int = 1) -> None:
     """Check a spec against such a host."""
     check_room(
         given,
-        sizes(given, block_tokens),
+        sizes(given),
         memory_free_bytes=int(memory_gib * GIB),
         storage_free_bytes=int(free_gib * GIB),
         ranks_on_host=ranks,
@@ -256,7 +266,7 @@ def test_too_little_memory_is_refused_with_the_need_and_the_flag() -> None:
 def test_a_place_that_tells_no_size_is_not_too_small() -> None:
     """Its room is not checked; memory is."""
     given = spec(cpu_mem_gb=0, storage_gb=10_000, cache_dir="s3://bucket/kv")
-    planned = sizes(given, 256)
+    planned = sizes(given)
 
     def check_it(memory_bytes: int) -> None:
         check_room(
@@ -288,7 +298,7 @@ def test_a_storage_tier_without_room_for_one_object_is_refused() -> None:
     small = spec(cpu_mem_gb=0, storage_gb=31 / 1024)
     with pytest.raises(ConfigurationError, match=r"holds no block of 32\.00 MiB.*--storage-gb.*--block-tokens"):
         check(small)
-    check(small, block_tokens=128)
+    check(small.model_copy(update={"block_tokens": 128}))
 
 
 # Layout

@@ -7,8 +7,20 @@ from functools import partial
 from itertools import count
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mlpstorage.config import GIB, Eviction, GenerationMode, StorePolicy, TouchOrder, WriteOverflow, WriteSync
+from mlpstorage.config import (
+    GIB,
+    Decisions,
+    Eviction,
+    GenerationMode,
+    Promotion,
+    StorePolicy,
+    TouchOrder,
+    WriteOverflow,
+    WriteSync,
+)
 from mlpstorage.errors import ConfigurationError, RunError, RunTimeoutError
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.pacing import Pacing
@@ -27,6 +39,7 @@ from mlpstorage.kvcache.request import Request
 from mlpstorage.kvcache.workload import ClosedLoop, OpenLoop, Workload
 from mlpstorage.measure.clock import NS
 from mlpstorage.measure.process import thread_waits_ns
+from mlpstorage.plan.compute import ConstantCompute
 from mlpstorage.results.models import Sample
 from mlpstorage.storage.arena import DramArena
 from mlpstorage.storage.ops import OpDone, OpKind
@@ -47,7 +60,12 @@ CONFIG = EngineConfig(
     storage_blocks=1000,
     touch=TouchOrder.TAIL,
     prefix_caching=True,
-    pacing=Pacing(mode=GenerationMode.REALISTIC, prefill_tokens_per_s=1000.0, decode_tokens_per_s=100.0),
+    pacing=Pacing(
+        mode=GenerationMode.REALISTIC,
+        compute=ConstantCompute(prefill_tokens_per_s=1000.0, decode_tokens_per_s=100.0),
+    ),
+    promote=Promotion.ALWAYS,
+    decisions=Decisions.COMPLETION,
     store_policy=StorePolicy.ALWAYS,
     eviction=Eviction.LRU,
     evict_above=1.0,
@@ -80,12 +98,12 @@ def request(arrival_s: float | None, *block_ids: int, think_s: float = 0.0, outp
 
 def open_loop(*requests: Request) -> OpenLoop:
     """These requests at their times."""
-    return OpenLoop(requests=lambda: iter(requests), block_tokens=100, digest="")
+    return OpenLoop(requests=lambda: iter(requests), digest="")
 
 
 def closed_loop(*users: Callable[[], Iterator[Request]]) -> ClosedLoop:
     """These users."""
-    return ClosedLoop(users=users, block_tokens=100, digest="")
+    return ClosedLoop(users=users, digest="")
 
 
 def steady(first: float, step: float, number: int) -> OpenLoop:
@@ -106,6 +124,7 @@ class Stage:
     shown: list[Sample] = field(default_factory=list)
     reused: Sequence[int] = ()
     drop_page_cache: DropPageCache | None = None
+    until_steady: bool = False
     ended_ns: int = 0
 
     def play(self, *beside: Callable[[], None], at_s: Sequence[float] = ()) -> Played:
@@ -121,7 +140,12 @@ class Stage:
             workload=self.workload,
             config=self.config,
             stored_bytes=OBJECT_BYTES,
-            timing=Timing(warmup_ns=round(self.warmup_s * NS), duration_ns=round(self.duration_s * NS)),
+            ttft_target_ms=450.0,
+            timing=Timing(
+                warmup_ns=round(self.warmup_s * NS),
+                duration_ns=round(self.duration_s * NS),
+                until_steady=self.until_steady,
+            ),
             clock=VirtualClock(),
             open_io=self._open,
             arena=DramArena(self.config.cpu_blocks, 0),
@@ -256,7 +280,7 @@ def test_a_workload_that_breaks_while_it_is_read_fails_the_run() -> None:
         yield request(3.0, 1)
         raise ConfigurationError("trace.jsonl:2: broken")
 
-    played = Stage(OpenLoop(requests=broken, block_tokens=100, digest="")).play()
+    played = Stage(OpenLoop(requests=broken, digest="")).play()
     assert played.ending is Ending.FAILED
     assert isinstance(played.error, ConfigurationError)
     assert played.recorder.total_requests.completed == 0
@@ -270,7 +294,7 @@ def test_a_fault_of_the_program_is_raised() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        Stage(OpenLoop(requests=broken, block_tokens=100, digest="")).play()
+        Stage(OpenLoop(requests=broken, digest="")).play()
 
 
 def test_an_interruption_ends_the_window_at_that_moment() -> None:
@@ -305,6 +329,147 @@ def test_the_first_reason_to_stop_is_the_one_that_is_told() -> None:
     stop.interrupt()
     stop.fail(OSError("late"))
     assert (stop.ending, stop.error) == (Ending.INTERRUPTED, None)
+
+
+# A warm-up until the hit ratio is steady
+
+
+def alternating(number: int) -> OpenLoop:
+    """A request a second; those of one span of 5 s have a new block each, those of the next the same one."""
+    return open_loop(
+        *(request(0.5 + index, 9999 if index // 5 % 2 else index) for index in range(number)), request(1000.0, 1)
+    )
+
+
+def test_a_warm_up_ends_as_soon_as_the_hit_ratio_is_steady() -> None:
+    """Nothing is ever found: three spans agree at 15 s of at most 60, and the window has its full length from there."""
+    stage = Stage(steady(0.5, 1.0, 100), warmup_s=60.0, until_steady=True)
+    played = stage.play()
+    assert (played.warmup_steady, played.warmup_ns) == (True, 15 * NS)
+    assert played.recorder.measured_ns == 10 * NS
+    assert played.recorder.requests.completed == 10
+    assert played.ending is Ending.TIME
+    assert stage.ended_ns == 25 * NS
+    phases = [sample.phase for sample in stage.shown]
+    # But for the moments at which it changes.
+    assert phases[:14] + phases[15:24] == ["warmup"] * 14 + ["window"] * 9
+
+
+def test_a_warm_up_that_is_never_steady_ends_at_its_limit() -> None:
+    """Hit ratios of 0 and of nearly 1, span after span: at 22 s it is over, is told so, and the window is whole."""
+    stage = Stage(alternating(40), warmup_s=22.0, until_steady=True)
+    played = stage.play()
+    assert (played.warmup_steady, played.warmup_ns) == (False, 22 * NS)
+    assert played.recorder.measured_ns == 10 * NS
+    assert stage.ended_ns == 32 * NS
+
+
+def test_spans_without_an_answer_make_no_warm_up_steady() -> None:
+    """One request in the 11th second, and none before: 30 s are waited for."""
+    played = Stage(open_loop(request(10.5, 1), request(100.0, 2)), warmup_s=30.0, until_steady=True).play()
+    assert (played.warmup_steady, played.warmup_ns, played.recorder.measured_ns) == (False, 30 * NS, 10 * NS)
+
+
+def test_a_warm_up_of_a_fixed_length_says_nothing_of_steadiness() -> None:
+    """Nobody looked."""
+    assert Stage(steady(0.95, 1.0, 14)).play().warmup_steady is None
+
+
+def test_a_trace_that_is_over_before_it_is_steady_measured_nothing() -> None:
+    """The last answer comes at 7.6 s."""
+    played = Stage(steady(0.5, 1.0, 8), warmup_s=60.0, until_steady=True).play()
+    assert (played.ending, played.warmup_steady) == (Ending.EXHAUSTED, False)
+    assert (played.recorder.measured_ns, played.warmup_ns) == (0, 7600 * MS)
+
+
+def test_an_interruption_while_it_is_not_steady_measured_nothing() -> None:
+    """At 12.3 s, in the third span."""
+    stage = Stage(steady(0.5, 1.0, 100), warmup_s=60.0, until_steady=True)
+    played = stage.play(stage.stop.interrupt, at_s=[12.3])
+    assert (played.ending, played.warmup_steady) == (Ending.INTERRUPTED, False)
+    assert (played.recorder.measured_ns, played.warmup_ns) == (0, 12_300 * MS)
+
+
+# Decisions at arrival
+
+ARRIVAL = replace(CONFIG, decisions=Decisions.ARRIVAL, cpu_blocks=2, storage_blocks=8, write_queue_blocks=2)
+
+
+def tangled() -> OpenLoop:
+    """Ten requests a second that share beginnings: reads wait for writes, deletes for reads, writes for deletes."""
+    chains = [(1, 2), (1, 2, 3), (1, 2, 3, 4), (5, 6), (1, 2, 7), (5, 6, 8, 9), (10, 11), (5, 6, 12), (1, 2, 3, 4, 13)]
+    return open_loop(*(request(0.1 * index, *chains[index % len(chains)]) for index in range(60)), request(1000.0, 1))
+
+
+SLOW = {OpKind.READ: 150 * MS, OpKind.WRITE: 250 * MS, OpKind.DELETE: 100 * MS, OpKind.COPY_IN: 20 * MS}
+
+
+def test_with_decisions_at_arrival_a_run_plays_to_its_end() -> None:
+    """The tangle of the tests below does what it is for: all kinds of operations, and all of it is answered."""
+    stage = Stage(tangled(), config=ARRIVAL, duration_s=60.0, io=ModelledIO(servers=4, latency_ns=SLOW))
+    played = stage.play()
+    assert played.recorder.total_requests.completed == 60
+    assert (played.recorder.total_requests.failed, stage.io.misuses, played.error) == (0, [], None)
+    assert min(played.recorder.total.read_ops, played.recorder.total.write_ops, played.recorder.total.delete_ops) > 20
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(at_ms=st.integers(0, 8000), servers=st.sampled_from([1, 4, None]), fast=st.booleans())
+def test_with_decisions_at_arrival_an_interruption_at_any_moment_ends_orderly(
+    at_ms: int, servers: int | None, *, fast: bool
+) -> None:
+    """Whoever waits for whom: nothing hangs, and the drain is what was running then, one write at the most."""
+    mode = GenerationMode.FAST if fast else GenerationMode.REALISTIC
+    config = replace(ARRIVAL, pacing=replace(CONFIG.pacing, mode=mode))
+    stage = Stage(tangled(), config=config, io=ModelledIO(servers=servers, latency_ns=SLOW))
+    played = stage.play(stage.stop.interrupt, at_s=[at_ms / 1000])
+    assert (played.ending, played.error, played.hung) == (Ending.INTERRUPTED, None, False)
+    assert played.drain_ns <= max(SLOW.values())
+    assert stage.io.misuses == []
+    assert played.recorder.total.writes_dropped == 0
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from([OpKind.READ, OpKind.WRITE, OpKind.DELETE]),
+    number=st.integers(1, 20),
+    servers=st.sampled_from([1, 4, None]),
+)
+def test_with_decisions_at_arrival_a_failure_of_any_operation_ends_orderly(
+    kind: OpKind, number: int, servers: int | None
+) -> None:
+    """The run fails with that error and at that moment; nothing hangs, and no second error follows from the first."""
+    io = ModelledIO(servers=servers, latency_ns=SLOW, failures={(kind, number): OSError(5, "Input/output error")})
+    played = Stage(tangled(), config=ARRIVAL, duration_s=60.0, io=io).play()
+    assert (played.ending, played.hung) == (Ending.FAILED, False)
+    assert "Input/output error" in str(played.error)
+    assert played.recorder.total.io_errors == 1
+    assert played.drain_ns <= max(SLOW.values())
+    assert io.misuses == []
+
+
+def test_with_decisions_at_arrival_storage_that_hangs_is_given_up_after_a_limit() -> None:
+    """A write that never returns holds up a read that waits for it: both are given up with it."""
+    io = ModelledIO(latency_ns={OpKind.WRITE: None})
+    asked = open_loop(request(3.0, 1), request(4.0, 1, 2), request(100.0, 3))
+    played = Stage(asked, config=replace(ARRIVAL, cpu_blocks=0), io=io).play()
+    assert isinstance(played.error, RunTimeoutError)
+    assert (played.hung, played.in_flight_at_end) == (True, 1)
+    assert played.drain_ns == round(DRAIN_LIMIT_S * NS)
+
+
+def test_two_runs_on_storage_of_other_speeds_have_one_digest_and_other_workloads_another() -> None:
+    """A run tells the digest of its engine, and how far apart the uses of its blocks were."""
+
+    def digest(workload: OpenLoop, config: EngineConfig, servers: int) -> str:
+        io = ModelledIO(servers=servers, latency_ns=SLOW)
+        played = Stage(workload, config=config, duration_s=60.0, io=io).play()
+        assert played.reuse.first_uses == 13
+        return played.operations_digest
+
+    one = digest(tangled(), ARRIVAL, 1)
+    assert one == digest(tangled(), ARRIVAL, 4)
+    assert one != digest(tangled(), replace(ARRIVAL, storage_blocks=7), 4)
 
 
 # Storage that hangs
@@ -357,16 +522,33 @@ def test_requests_that_wait_for_the_write_queue_do_not_outlive_the_window() -> N
 
 
 def test_an_open_loop_keeps_its_times_however_slow_the_answers_are() -> None:
-    """Answers of 3 s to requests one second apart: all are in flight at once, each TTFT is its own."""
-    stage = Stage(open_loop(*(request(2.0 + second, *range(100 * second, 100 * second + 30)) for second in range(5))))
+    """Answers of 100 ms and 290 x 10 ms to requests one second apart: three are in flight, each TTFT is its own."""
+    stage = Stage(open_loop(*(request(2.05 + second, second, output_tokens=291) for second in range(5))))
     played = stage.play()
     ttft = played.recorder.latency["ttft"]
-    assert (ttft.count, ttft.min_ns, ttft.max_ns) == (5, 3 * NS, 3 * NS)
+    assert (ttft.count, ttft.min_ns, ttft.max_ns) == (5, 100 * MS, 100 * MS)
+    assert played.recorder.requests.completed == 5
+    # At 5 s, say: those of 2.05 s (until 5.05 s), 3.05 s and 4.05 s.
     assert max(sample.requests_in_flight for sample in stage.shown) == 3
 
 
+def test_prefills_wait_for_one_another_and_arrivals_do_not() -> None:
+    """Prefills of 3 s, one second apart from 2 s on, end at 5, 8, 11 and, after the window, at 14 and 17 s."""
+    stage = Stage(open_loop(*(request(2.0 + second, *range(100 * second, 100 * second + 30)) for second in range(5))))
+    played = stage.play()
+    ttft, tokens = played.recorder.latency["ttft"], played.recorder.first_tokens
+    assert (ttft.count, ttft.min_ns, ttft.sum_ns, ttft.max_ns) == (3, 3 * NS, (3 + 5 + 7) * NS, 7 * NS)
+    assert (tokens.client_late_ns, tokens.prefill_queue_ns, tokens.prefill_ns) == (0, (0 + 2 + 4) * NS, 9 * NS)
+    # At 7 s all five have come, and one is answered.
+    assert max(sample.requests_in_flight for sample in stage.shown) == 4
+    assert played.in_flight_at_end == 2
+
+
 def test_a_stalled_client_cannot_hide_latency() -> None:
-    """A loop that is held up from 4 s to 7 s sends the requests of 4.5 s and 5.5 s late; their TTFT says so."""
+    """A loop that is held up from 4 s to 7 s sends the requests of 4.5 s and 5.5 s late; their TTFT says so.
+
+    Both begin at 7 s, and the second waits 100 ms for the prefill of the first.
+    """
     stage = Stage(open_loop(request(4.5, 1), request(5.5, 2), request(8.0, 3)))
 
     def stall() -> None:
@@ -376,21 +558,29 @@ def test_a_stalled_client_cannot_hide_latency() -> None:
 
     played = stage.play(stall, at_s=[4.0])
     ttft = played.recorder.latency["ttft"]
-    assert (ttft.count, ttft.sum_ns, ttft.max_ns) == (3, (2600 + 1600 + 100) * MS, 2600 * MS)
+    assert (ttft.count, ttft.sum_ns, ttft.max_ns) == (3, (2600 + 1700 + 100) * MS, 2600 * MS)
+    late, tokens = played.recorder.latency["client_late"], played.recorder.first_tokens
+    assert (late.count, late.sum_ns, late.max_ns) == (3, (2500 + 1500) * MS, 2500 * MS)
+    assert (tokens.client_late_ns, tokens.prefill_queue_ns) == (4000 * MS, 100 * MS)
     assert played.loop_lag.max_ns is not None
     assert 3 * NS - LAG_PROBE_NS <= played.loop_lag.max_ns <= 3 * NS
 
 
 def test_users_of_a_closed_loop_wait_think_and_ask_again() -> None:
-    """1 s of thought, 100 ms of prefill, 10 x 10 ms of decode: a turn every 1.2 s, TTFT from the end of thinking."""
+    """1 s of thought, 100 ms of prefill, 10 x 10 ms of decode: a turn every 1.2 s, TTFT from the end of thinking.
+
+    The first prefill of the second user waits for that of the first, once: from then on the second is 100 ms behind,
+    and its tenth answer comes at 12.1 s.
+    """
 
     def user(first: int) -> Iterator[Request]:
         return (request(None, first + number, think_s=1.0, output_tokens=11) for number in count())
 
-    stage = Stage(closed_loop(partial(user, 0), partial(user, 1000)), warmup_s=0.0, duration_s=12.1)
+    stage = Stage(closed_loop(partial(user, 0), partial(user, 1000)), warmup_s=0.0, duration_s=12.15)
     played = stage.play()
     assert played.recorder.requests.completed == 2 * 10
-    assert played.recorder.latency["ttft"].max_ns == 100 * MS
+    ttft = played.recorder.latency["ttft"]
+    assert (ttft.count, ttft.sum_ns, ttft.max_ns) == (20, 19 * 100 * MS + 200 * MS, 200 * MS)
     assert played.recorder.requests.output_tokens == 2 * 10 * 11
     assert played.in_flight_at_end == 0
 

@@ -166,7 +166,7 @@ def test_no_profile_is_a_value_too(tmp_path: Path, word: str | None) -> None:
     """The word `none` as a flag takes back what the file says; a flag that was not given does not."""
     path = written(tmp_path / "c.yaml", profile="vllm-fs")
     spec = resolved(flags={"profile": word}, file=path).spec
-    assert (spec.profile, spec.block_tokens) == ((None, 256) if word else ("vllm-fs", 16))
+    assert (spec.profile, spec.block_tokens) == ((None, None) if word else ("vllm-fs", 16))
 
 
 def test_an_unknown_profile_is_refused_by_where_it_came_from(tmp_path: Path) -> None:

@@ -5,15 +5,16 @@ from dataclasses import replace
 import pytest
 
 from mlpstorage.config import Tier
+from mlpstorage.kvcache.first_token import FirstToken, TtftTally
 from mlpstorage.kvcache.recorder import Answered, Recorder, RequestTally, StorageTally, TierTally, counts
-from mlpstorage.results.models import LATENCIES, RequestCounts, StorageCounts
+from mlpstorage.results.models import LATENCIES, RequestCounts, StorageCounts, TtftCounts
 from mlpstorage.storage.ops import Op, OpDone, OperationSkippedError, OpKind
 from mlpstorage.storage.payload import VerifyError
 
 
 def recorder() -> Recorder:
     """Objects of 1,000 bytes, padded to 4,096, in a window from 100 ns to 200 ns."""
-    return Recorder(object_bytes=1000, stored_bytes=4096, window_ns=(100, 200))
+    return Recorder(object_bytes=1000, stored_bytes=4096, ttft_target_ns=50, window_ns=(100, 200))
 
 
 def done(
@@ -31,7 +32,29 @@ def done(
     return OpDone(op, queued_ns, start_ns, end_ns, direct, verified, error, 3, page_cache_bytes, retries)
 
 
-def answered(done_ns: int, saved_ns: int | None = None) -> Answered:
+def token(at_ns: int) -> FirstToken:
+    """A first token 9 ns after its request should have come: 1 late, 1 to look up, 2 + 1 to load, 1 to wait, 3.
+
+    Of ten tokens in ten nanoseconds one was read from storage, four came from elsewhere.
+    """
+    return FirstToken(
+        at_ns=at_ns,
+        client_late_ns=1,
+        lookup_ns=1,
+        storage_load_ns=2,
+        dram_load_ns=1,
+        copies_ns=3,
+        prefill_queue_ns=1,
+        prefill_ns=3,
+        storage_load_tokens=1,
+        storage_recompute_ns=1,
+        prompt_prefill_ns=10,
+        needed_prefill_ns=5,
+        waits_in_full=True,
+    )
+
+
+def answered(done_ns: int) -> Answered:
     """A request of ten tokens in five blocks, of which three were found."""
     return Answered(
         done_ns=done_ns,
@@ -40,11 +63,24 @@ def answered(done_ns: int, saved_ns: int | None = None) -> Answered:
         prompt_blocks=5,
         cached_tokens={Tier.GPU: 2, Tier.CPU: 3, Tier.STORAGE: 1},
         hit_blocks={Tier.GPU: 1, Tier.CPU: 1, Tier.STORAGE: 1},
-        ttft_ns=7,
-        ttft_saved_ns=saved_ns,
         load_skipped=False,
         load_abandoned=False,
     )
+
+
+# Without storage 1 ns of computing is added, as the copies end last all the same; without a cache 3 + 3 would be 10.
+TAKEN_NS = {
+    "ttft": 9,
+    "ttft_without_storage": 10,
+    "ttft_without_cache": 13,
+    "client_late": 1,
+    "prefill_queue": 1,
+    "storage_load": 2,
+    "lookup": 4,
+    "write_behind": 50,
+    "storage_read": 20,
+    "queue_wait": 5,
+}
 
 
 @pytest.mark.parametrize(("at_ns", "inside"), [(99, False), (100, True), (199, True), (200, False)])
@@ -53,7 +89,7 @@ def test_the_window_holds_its_first_moment_and_not_its_end(at_ns: int, inside: b
     it = recorder()
     it.operations([done(OpKind.READ, at_ns)])
     it.answered(answered(at_ns))
-    it.first_token(at_ns, 9)
+    it.first_token(token(at_ns))
     it.failed(at_ns)
     it.dropped(at_ns, 2)
     it.deduplicated(at_ns, 3)
@@ -69,7 +105,9 @@ def test_the_window_holds_its_first_moment_and_not_its_end(at_ns: int, inside: b
     assert (it.window.dedup_skipped_bytes, it.total.dedup_skipped_bytes) == (3000 * expected, 3000)
     assert (it.window.writes_deferred, it.total.writes_deferred) == (4 * expected, 4)
     assert it.payload_ns == 3 * expected
-    for name, value_ns in {"ttft": 9, "lookup": 4, "write_behind": 50, "storage_read": 20, "queue_wait": 5}.items():
+    assert (it.first_tokens.requests, it.first_tokens.prefill_ns) == (expected, 3 * expected)
+    assert (it.saved.gains.count, it.saved.gains.sum_ns, it.saved.losses.count) == (expected, 2 * expected, 0)
+    for name, value_ns in TAKEN_NS.items():
         assert (it.latency[name].count, it.latency[name].sum_ns) == (expected, value_ns * expected)
 
 
@@ -170,17 +208,44 @@ def test_operations_that_were_never_tried_do_not_count() -> None:
 
 
 def test_requests_add_up_by_tier() -> None:
-    """Two answers, one of which loaded something; a load that took longer than computing saves less than nothing."""
+    """Two answers inside the window, one after it."""
     it = recorder()
     it.answered(answered(150))
-    it.answered(answered(160, saved_ns=-30))
-    it.answered(answered(250, saved_ns=100))
+    it.answered(answered(160))
+    it.answered(answered(250))
     assert (it.requests.completed, it.requests.prompt_tokens, it.requests.output_tokens) == (2, 20, 8)
     assert it.requests.prompt_blocks == 10
     assert it.requests.cached_tokens == TierTally(gpu=4, cpu=6, storage=2)
     assert it.requests.hit_blocks == TierTally(gpu=2, cpu=2, storage=2)
-    assert (it.requests.ttft_saved_ns, it.requests.ttft_saved_requests) == (-30, 1)
-    assert (it.total_requests.ttft_saved_ns, it.total_requests.ttft_saved_requests) == (70, 2)
+    assert (it.total_requests.completed, it.total_requests.hit_blocks.gpu) == (3, 3)
+
+
+def test_what_was_saved_may_be_less_than_nothing() -> None:
+    """Loads of 3, 40 and 5 ns in the place of 5 ns of computing: 2 ns saved, 35 ns lost, nothing."""
+    it = recorder()
+    for load_ns in (2, 39, 4):
+        it.first_token(replace(token(150), storage_load_ns=load_ns))
+    assert (it.saved.gains.count, it.saved.gains.sum_ns) == (2, 2)
+    assert (it.saved.losses.count, it.saved.losses.sum_ns) == (1, 35)
+    assert it.saved.mean_ns == -11
+
+
+def test_first_tokens_that_cannot_be_compared_are_left_out_of_comparisons() -> None:
+    """Where nothing is modelled there is no saving, and where time is not waited for in full no other TTFT."""
+    it = recorder()
+    it.first_token(replace(token(150), prompt_prefill_ns=None, needed_prefill_ns=None, storage_recompute_ns=None))
+    assert (it.saved.count, it.latency["ttft"].count) == (0, 1)
+    it.first_token(replace(token(150), waits_in_full=False))
+    assert (it.saved.count, it.latency["ttft"].count) == (1, 2)
+    assert it.latency["ttft_without_cache"].count == it.latency["ttft_without_storage"].count == 0
+
+
+def test_a_storage_load_is_one_that_was_used() -> None:
+    """A first token that used nothing from storage has no time of it, although it waited for reads in vain."""
+    it = recorder()
+    it.first_token(replace(token(150), storage_load_tokens=0, storage_recompute_ns=0))
+    assert (it.latency["storage_load"].count, it.first_tokens.storage_loads) == (0, 0)
+    assert it.first_tokens.storage_load_ns == 2
 
 
 def test_loads_that_were_not_made_are_counted_with_their_requests() -> None:
@@ -195,12 +260,13 @@ def test_loads_that_were_not_made_are_counted_with_their_requests() -> None:
 
 def test_nothing_is_inside_a_window_that_is_not_known_yet() -> None:
     """What happens before the run begins is in the totals only."""
-    it = Recorder(object_bytes=1000, stored_bytes=4096)
+    it = Recorder(object_bytes=1000, stored_bytes=4096, ttft_target_ns=50)
+    assert [it.start_ns, it.measured_ns] == [None, 0]
     it.operations([done(OpKind.DELETE, 0), done(OpKind.DELETE, 150)])
     assert (it.window.delete_ops, it.total.delete_ops, it.measured_ns) == (0, 2, 0)
     it.open((100, 200))
     it.operations([done(OpKind.DELETE, 150)])
-    assert (it.window.delete_ops, it.measured_ns) == (1, 100)
+    assert (it.window.delete_ops, it.measured_ns, it.start_ns) == (1, 100, 100)
 
 
 def test_a_window_that_is_closed_early_has_its_true_length() -> None:
@@ -229,3 +295,4 @@ def test_tallies_have_the_fields_of_the_results() -> None:
     """Every counter goes into the result files under its own name."""
     assert StorageCounts.model_validate(counts(StorageTally(read_ops=3))).read_ops == 3
     assert RequestCounts.model_validate(counts(RequestTally(completed=4))).completed == 4
+    assert TtftCounts.model_validate(counts(TtftTally(requests=5))).requests == 5

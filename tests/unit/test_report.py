@@ -12,31 +12,30 @@ from rich.console import Console, RenderableType
 
 from mlpstorage.config import GIB, RunStatus
 from mlpstorage.history import RunEntry
-from mlpstorage.measure.histogram import Histogram
+from mlpstorage.measure.histogram import Histogram, SignedHistogram
 from mlpstorage.report.history_table import history_table, run_details
-from mlpstorage.report.terminal import (
-    bytes_text,
-    console_for,
-    headline,
-    percent_text,
-    plain,
-    seconds_text,
-    significant,
-    summary_table,
-)
+from mlpstorage.report.terminal import console_for, headline, summary_table
+from mlpstorage.report.text import bytes_text, percent_text, plain, seconds_text, significant, time_text, with_unit
 from mlpstorage.results.models import (
     LATENCIES,
+    Reuse,
+    StorageCounts,
+)
+from mlpstorage.results.summary import (
     BreakEven,
     Client,
     HitRatio,
     HostSummary,
     Latency,
     RequestRates,
-    Reuse,
+    ReuseDistance,
+    Saved,
     Slo,
-    StorageCounts,
+    Spread,
     Summary,
     TierRatios,
+    Trials,
+    TtftParts,
     Window,
     WindowStorage,
 )
@@ -62,13 +61,19 @@ def summary_of(samples: int = 5_000, **changes: object) -> Summary:
         "read_ops": 12_288,
         "write_ops": 2_560,
     }
-    values_ms = {name: 10.0 * number for number, name in enumerate(LATENCIES, 1)} | {"ttft": 84.0, "lookup": 0.02}
+    values_ms = {name: 10.0 * number for number, name in enumerate(LATENCIES, 1)}
+    values_ms |= {"ttft": 84.0, "ttft_without_storage": 1900.0, "ttft_without_cache": 2500.0, "lookup": 0.02}
+    saved = SignedHistogram()
+    for number in range(1_234):
+        saved.record(-1_000_000 if number < 34 else 250_000_000)
     summary = Summary(
         run_id="20261123_093000-0a1b2c",
         status=RunStatus.COMPLETE,
         error=None,
         workload_digest="aa",
-        window=Window(warmup_s=4.0, measured_s=20.0, drain_s=0.5, requests_in_flight_at_end=0),
+        operations_digest="bb",
+        trials=None,
+        window=Window(warmup_s=4.0, warmup_steady=None, measured_s=20.0, drain_s=0.5, requests_in_flight_at_end=0),
         requests=RequestRates(
             completed=1234,
             failed=0,
@@ -83,7 +88,13 @@ def summary_of(samples: int = 5_000, **changes: object) -> Summary:
             tokens=TierRatios(gpu=0.12, cpu=0.03, storage=0.41, total=0.56),
             blocks=TierRatios(gpu=0.25, cpu=0.125, storage=0.25, total=0.625),
         ),
-        storage=WindowStorage(**window_counts, read_gib_per_s=1.2, write_gib_per_s=0.25),
+        storage=WindowStorage(
+            **window_counts,
+            read_gib_per_s=1.2,
+            write_gib_per_s=0.25,
+            read_peak_gib_per_s=3.0,
+            read_burst_ratio=2.5,
+        ),
         storage_total=StorageCounts(**counts),
         latency={name: latency_of(value_ms, samples) for name, value_ms in values_ms.items()},
         client=Client(
@@ -99,8 +110,26 @@ def summary_of(samples: int = 5_000, **changes: object) -> Summary:
             bottleneck=False,
             bottleneck_reason=None,
         ),
-        breakeven=BreakEven(prefill_tokens_per_s=20_000, read_gib_per_s_needed=2.44140625, ttft_saved_mean_ms=100.0),
-        slo=Slo(ttft_p95_ms_target=450.0, met=True),
+        ttft_parts=TtftParts(
+            client_late_mean_ms=0.5,
+            lookup_mean_ms=0.02,
+            storage_load_mean_ms=42.0,
+            dram_load_mean_ms=2.0,
+            prefill_queue_mean_ms=9.48,
+            prefill_mean_ms=30.0,
+            storage_share=0.5,
+        ),
+        saved=Saved.of(saved),
+        breakeven=BreakEven(
+            prefill_tokens_per_s=20_000,
+            read_gib_per_s_needed=2.44140625,
+            load_gib_per_s=5.5,
+            storage_loads=1_100,
+            storage_slower_loads=12,
+            storage_saved_mean_ms=100.0,
+        ),
+        reuse_distance=ReuseDistance(first_use_share=0.375, p50_gib=12.5, p90_gib=80.0, p99_gib=None),
+        slo=Slo(ttft_p95_ms_target=450.0, met=True, within_target=0.96, goodput_per_s=59.2),
         verify_failures=(),
         dropped_page_cache_bytes=0,
         reuse=None,
@@ -122,7 +151,11 @@ def in_window(**counts: int | None) -> Summary:
 
 def few_samples() -> Summary:
     """A run that was stopped early: 15 samples of each latency, which have a median at most."""
-    return summary_of(15, status=RunStatus.INTERRUPTED, slo=Slo(ttft_p95_ms_target=450.0, met=None))
+    return summary_of(
+        15,
+        status=RunStatus.INTERRUPTED,
+        slo=Slo(ttft_p95_ms_target=450.0, met=None, within_target=0.9, goodput_per_s=0.7),
+    )
 
 
 def troubled() -> Summary:
@@ -140,7 +173,7 @@ def troubled() -> Summary:
             update={"bottleneck": True, "bottleneck_reason": "h1: the client used 91.0% of the processor time"}
         ),
         verify_failures=("object 17: wrong stamp in sector 3",),
-        slo=Slo(ttft_p95_ms_target=50.0, met=False),
+        slo=Slo(ttft_p95_ms_target=50.0, met=False, within_target=0.1, goodput_per_s=6.2),
         hosts=(_host("h1"), _host("a-host-with-a-name.cluster.example.org")),
     )
 
@@ -168,28 +201,86 @@ def flat(text: str) -> str:
 # The end of a run
 
 
+def first_sentences(summary: Summary, **metadata: object) -> str:
+    """What a reader reads who reads no further."""
+    text = flat(shown(summary_table(summary, metadata={"model": "tiny-1b", "num_users": 7} | metadata), 100))
+    return text.partition(" Storage GiB/s ")[0]
+
+
+def without(*latencies: str) -> Summary:
+    """A run without any sample of these latencies."""
+    return summary_of(latency=summary_of().latency | {name: latency_of(0, 0) for name in latencies})
+
+
 def test_verdict_stands_first_in_words() -> None:
-    """Model, users, hit share, time to first token and the verdict are the first two sentences."""
+    """Load, model, what storage served, time to first token with and without it, and the verdict."""
     text = flat(shown(summary_table(summary_of(), metadata=METADATA)))
     assert text.startswith(
-        "llama3.1-8b, 100 users: 56.0 % of the prompt tokens were found in the cache, 41.0 % on storage. "
-        "Time to first token (TTFT) p95 is 84.0 ms: MEETS the target of 450 ms. "
+        "At 100 users of llama3.1-8b this storage served 41.0 % of the prompt tokens (all tiers 56.0 %), "
+        "time to first token (TTFT) p95 84.0 ms against 1.90 s without it. It MEETS the target of 450 ms. "
+    )
+
+
+def test_verdict_without_a_modelled_wait_has_nothing_to_hold_it_against() -> None:
+    """In generation modes `fast` and `none`, and without compute, nobody knows what TTFT would be without storage."""
+    assert first_sentences(without("ttft_without_storage", "ttft_without_cache")) == (
+        "At 7 users of tiny-1b this storage served 41.0 % of the prompt tokens (all tiers 56.0 %), "
+        "time to first token (TTFT) p95 84.0 ms. It MEETS the target of 450 ms."
+    )
+
+
+@pytest.mark.parametrize(("saved_ms", "slower"), [(-0.5, True), (0.0, False), (0.5, False), (None, False)])
+def test_verdict_says_where_reading_was_slower_than_computing(saved_ms: float | None, *, slower: bool) -> None:
+    """On the mean of the requests that read; where that is not known nothing is said."""
+    breakeven = summary_of().breakeven.model_copy(update={"storage_saved_mean_ms": saved_ms})
+    text = first_sentences(summary_of(breakeven=breakeven))
+    said = " It MEETS the target of 450 ms. Reading tokens from this storage was SLOWER than computing them again."
+    assert text.endswith(said if slower else " It MEETS the target of 450 ms.")
+
+
+def test_verdict_of_a_run_that_completed_nothing() -> None:
+    """There is no share, no latency and no verdict; the sentence says so and stays one."""
+    none = TierRatios(gpu=None, cpu=None, storage=None, total=None)
+    slo = Slo(ttft_p95_ms_target=2000.0, met=None, within_target=None, goodput_per_s=0.0)
+    assert first_sentences(summary_of(0, hit_ratio=HitRatio(tokens=none, blocks=none), slo=slo)) == (
+        "At 7 users of tiny-1b this storage served nothing: no request was completed in the measured window. "
+        "Too few requests were completed to tell whether TTFT p95 meets the target of 2.00 s."
     )
 
 
 @pytest.mark.parametrize(
     ("metadata", "load"),
     [
-        ({"num_users": 7, "num_processes": 4}, "4 ranks x 7 users: "),
-        ({"parameters": {"num_users": 8}}, "8 users: "),
-        ({"num_users": 100, "parameters": {"trace": "/traces/chat.jsonl"}}, "trace chat.jsonl: "),
-        ({"parameters": {"trace": None}}, "n/a users: "),
+        ({}, "At 7 users of tiny-1b"),
+        ({"ranks": 1, "num_processes": 1}, "At 7 users of tiny-1b"),
+        ({"num_processes": 4}, "At 7 users of tiny-1b on each of 4 ranks"),
+        ({"ranks": 2, "num_processes": None}, "At 7 users of tiny-1b on each of 2 ranks"),
+        ({"parameters": {"trace": None, "request_rate": None}}, "At 7 users of tiny-1b"),
+        ({"parameters": {"trace": "/traces/chat.jsonl"}}, "With the trace chat.jsonl played to tiny-1b"),
+        ({"parameters": {"trace": "/traces/agents/"}}, "With the trace agents played to tiny-1b"),
+        (
+            {"ranks": 4, "parameters": {"trace": "chat.jsonl"}},
+            "With the trace chat.jsonl played to tiny-1b on 4 ranks",
+        ),
+        ({"parameters": {"request_rate": 50.0}}, "At 50 requests a second to tiny-1b"),
+        ({"ranks": 4, "parameters": {"request_rate": 0.5}}, "At 0.5 requests a second to tiny-1b on 4 ranks"),
+        (
+            {"parameters": {"request_rate": 50.0, "trace": "/traces/chat.jsonl"}},
+            "At 50 requests a second of the trace chat.jsonl to tiny-1b",
+        ),
+        ({"model": None}, "At 7 users of a model not recorded"),
     ],
 )
 def test_load_is_named(metadata: dict[str, object], load: str) -> None:
-    """Users are counted per rank; a trace takes their place."""
-    text = flat(shown(summary_table(summary_of(), metadata={"model": "tiny-1b"} | metadata)))
-    assert text.startswith(f"tiny-1b, {load}")
+    """Users are counted per rank; a trace takes their place; a rate is of all ranks together."""
+    assert first_sentences(summary_of(), **metadata).startswith(f"{load} this storage served 41.0 % of the prompt")
+
+
+def test_users_stand_among_the_parameters_where_they_stand_nowhere_else() -> None:
+    """Metadata of another version may have them there alone, or not at all."""
+    for parameters, users in (({"num_users": 8}, "8"), ({}, "n/a")):
+        text = flat(shown(summary_table(summary_of(), metadata={"model": "m", "parameters": parameters})))
+        assert text.startswith(f"At {users} users of m this storage served ")
 
 
 def test_numbers_stand_under_their_units() -> None:
@@ -197,8 +288,8 @@ def test_numbers_stand_under_their_units() -> None:
     lines = [line.split() for line in shown(summary_table(summary_of(), metadata=METADATA)).splitlines()]
     rows = {" ".join(line[:2]): line for line in lines if line}
     assert rows["Storage GiB/s"] == ["Storage", "GiB/s", "ops", "bytes", "p50", "ms", "p95", "ms", "p99", "ms"]
-    assert ["read", "1.20", "12,288", "24.0", "GiB", "40.0", "40.0", "40.0"] in lines
-    assert ["write", "0.250", "2,560", "5.00", "GiB", "50.0", "50.0", "50.0"] in lines
+    assert ["read", "1.20", "12,288", "24.0", "GiB", "90.0", "90.0", "90.0"] in lines
+    assert ["write", "0.250", "2,560", "5.00", "GiB", "100", "100", "100"] in lines
     assert rows["Latency count"] == [
         "Latency",
         "count",
@@ -214,7 +305,13 @@ def test_numbers_stand_under_their_units() -> None:
         "ms",
     ]
     assert ["TTFT", "5,000", *["84.0"] * 5] in lines
-    assert ["request", "load", "5,000", *["20.0"] * 5] in lines
+    assert ["no", "storage", "5,000", *["1,900"] * 5] in lines
+    assert ["no", "cache", "5,000", *["2,500"] * 5] in lines
+    # Ten times the latency's place in LATENCIES.
+    assert ["client", "late", "5,000", *["40.0"] * 5] in lines
+    assert ["prefill", "queue", "5,000", *["50.0"] * 5] in lines
+    assert ["request", "load", "5,000", *["60.0"] * 5] in lines
+    assert ["of", "storage", "5,000", *["70.0"] * 5] in lines
     assert ["lookup", "5,000", *["0.0200"] * 5] in lines
     assert rows["Cache hits"] == ["Cache", "hits", "GPU", "CPU", "storage", "total"]
     assert ["of", "tokens", "12.0", "%", "3.0", "%", "41.0", "%", "56.0", "%"] in lines
@@ -227,11 +324,120 @@ def test_facts_have_their_units() -> None:
     for part in (
         "1,234 completed, 61.7 a second; tokens a second: 617,250 prompt, 345,660 cached, 61,725 output",
         "20.0 s measured after 4.0 s of warm-up; 0.5 s of drain",
-        "reading beats recompute above 2.44 GiB/s (prefill 20,000 tokens/s); TTFT saved, mean: 100 ms",
+        "Goodput 59.2 requests a second had their first token within 450 ms, 96.0 % of all",
+        (
+            "TTFT is made of storage load 42.0 ms, DRAM load 2.00 ms, prefill queue 9.48 ms, prefill 30.0 ms, "
+            "client late 0.500 ms (means); storage is 50.0 % of it"
+        ),
+        (
+            "Break-even a request's load got 5.50 GiB/s; reading beats computing above 2.44 GiB/s (20,000 tokens/s). "
+            "Saved by storage, mean: 100 ms a request that read; 12 of 1,100 were slower than computing"
+        ),
+        # (1,200 x 250 - 34 x 1) / 1,234 ms
+        "Saved by all tiers: TTFT 243 ms mean, 250 ms p50; 34 of 1,234 requests would have been faster without a cache",
+        (
+            "Reuse 37.5 % of the uses of blocks were first ones; half of the others were within 12.5 GiB of different "
+            "blocks, nine in ten within 80.0 GiB"
+        ),
+        "Writes 5.00 GiB written; avoided: 0 B that storage had, 0 blocks at their first use, 0 blocks dropped",
+        "Read bursts 3.00 GiB/s in the peak second, 2.50 times the mean",
         "CPU 110 ms per GiB moved, 3.2 s in all, 25.0 % of it for stamps and checks; waited 0.153 s for a processor",
         "for a processor; peak RSS of a rank 512 MiB; loop lag p99 3.17 ms",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("steady", "told"),
+    [
+        (None, "after 4.0 s of warm-up; 0.5 s"),
+        (True, "after 4.0 s of warm-up, to a steady hit ratio; 0.5 s"),
+        (False, "after 4.0 s of warm-up, in which the hit ratio did NOT become steady; 0.5 s"),
+    ],
+)
+def test_warm_up_tells_whether_it_became_steady(*, steady: bool | None, told: str) -> None:
+    """Where that was waited for."""
+    window = summary_of().window.model_copy(update={"warmup_steady": steady})
+    assert told in flat(shown(summary_table(summary_of(window=window), metadata=METADATA)))
+
+
+def test_what_compute_would_tell_is_said_not_to_be_known() -> None:
+    """With `--accelerator none` the bandwidth of a load is told, and why nothing stands beside it."""
+    silent = {"prefill_tokens_per_s": None, "read_gib_per_s_needed": None}
+    silent |= {"storage_slower_loads": None, "storage_saved_mean_ms": None}
+    breakeven = summary_of().breakeven.model_copy(update=silent)
+    text = flat(shown(summary_table(summary_of(breakeven=breakeven, saved=Saved.of(SignedHistogram())), metadata={})))
+    assert "Break-even a request's load got 5.50 GiB/s; compute is not modelled (--accelerator none) Saved" in text
+    assert "Saved not known: compute is not modelled (--accelerator none) Reuse" in text
+    assert "n/a" not in text.partition(" a model not recorded ")[2]
+
+
+def test_break_even_of_a_run_that_read_nothing() -> None:
+    """There is nothing to hold against computing."""
+    nothing = {"storage_loads": 0, "load_gib_per_s": None, "read_gib_per_s_needed": None}
+    breakeven = summary_of().breakeven.model_copy(update=nothing)
+    text = flat(shown(summary_table(summary_of(breakeven=breakeven), metadata=METADATA)))
+    assert "Break-even no request read from storage Saved" in text
+
+
+def test_writes_that_were_avoided_are_told() -> None:
+    """Bytes that storage had, blocks at their first use, blocks dropped."""
+    summary = in_window(dedup_skipped_bytes=3 * GIB, writes_deferred=1_200, writes_dropped=7)
+    told = "avoided: 3.00 GiB that storage had, 1,200 blocks at their first use, 7 blocks dropped"
+    assert told in flat(shown(summary_table(summary, metadata=METADATA)))
+
+
+def test_bursts_that_are_not_known_have_no_line() -> None:
+    """A window of less than a second, or one in which nothing was read."""
+    assert "Read bursts" not in shown(summary_table(in_window(read_burst_ratio=None), metadata=METADATA))
+
+
+def spread(*values: float, stdev: float | None, cv: float | None) -> Spread:
+    """A spread of those values."""
+    return Spread(values=values, mean=sum(values) / len(values), min=min(values), max=max(values), stdev=stdev, cv=cv)
+
+
+def test_trials_have_a_table() -> None:
+    """Mean, extremes and deviation of each number, and the deviation over the mean; what a trial lacks is n/a."""
+    trials = Trials(
+        count=3,
+        storage_gib_per_s=spread(3.0, 5.0, 7.0, stdev=2.0, cv=0.4),
+        read_gib_per_s=spread(2.0, 4.0, 6.0, stdev=2.0, cv=0.5),
+        write_gib_per_s=spread(1.0, 1.0, 1.0, stdev=0.0, cv=0.0),
+        requests_per_s=spread(8.0, 10.0, 12.0, stdev=2.0, cv=0.2),
+        hit_ratio_tokens=spread(0.5, 0.625, 0.75, stdev=0.125, cv=0.2),
+        ttft_p50_ms=spread(1.0, 2.0, 3.0, stdev=1.0, cv=0.5),
+        ttft_p95_ms=None,
+    )
+    text = shown(summary_table(summary_of(trials=trials), metadata=METADATA))
+    lines = [line.split() for line in text.splitlines()]
+    assert ["3", "trials", "mean", "min", "max", "stdev", "CV"] in lines
+    assert ["storage", "GiB/s", "5.00", "3.00", "7.00", "2.00", "40.0", "%"] in lines
+    assert ["read", "GiB/s", "4.00", "2.00", "6.00", "2.00", "50.0", "%"] in lines
+    assert ["write", "GiB/s", "1.00", "1.00", "1.00", "0", "0.0", "%"] in lines
+    assert ["requests/s", "10.0", "8.00", "12.0", "2.00", "20.0", "%"] in lines
+    assert ["hit", "ratio", "0.625", "0.500", "0.750", "0.125", "20.0", "%"] in lines
+    assert ["TTFT", "p50", "ms", "2.00", "1.00", "3.00", "1.00", "50.0", "%"] in lines
+    assert ["TTFT", "p95", "ms", *["n/a"] * 5] in lines
+    assert text.splitlines()[-1].startswith("n/a: not measured")
+    assert "trials" not in shown(summary_table(summary_of(), metadata=METADATA))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ttft_parts": summary_of().ttft_parts.model_copy(update={"storage_share": None})},
+        {"slo": summary_of().slo.model_copy(update={"within_target": None})},
+        {"reuse_distance": summary_of().reuse_distance.model_copy(update={"p90_gib": None})},
+        {"saved": summary_of().saved.model_copy(update={"p50_ms": None})},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_number_that_is_shown_as_missing_is_explained(changes: dict[str, object]) -> None:
+    """Wherever `n/a` stands, the last line says what it means."""
+    text = shown(summary_table(summary_of().model_copy(update=changes), metadata=METADATA))
+    assert " n/a" in text.rpartition("\n\n")[0]
+    assert text.splitlines()[-1].startswith("n/a: not measured")
 
 
 def test_good_run_has_nothing_to_overlook() -> None:
@@ -271,7 +477,7 @@ def test_syncs_have_a_row_where_there_were_any() -> None:
     """A row of syncs has neither a rate nor bytes; without a sync there is none."""
     text = shown(summary_table(in_window(sync_ops=1_280), metadata=METADATA))
     rows = [line.split() for line in text.splitlines() if line.startswith("sync ")]
-    assert rows == [["sync", "-", "1,280", "-", "70.0", "70.0", "70.0"]]
+    assert rows == [["sync", "-", "1,280", "-", "120", "120", "120"]]
     assert "sync" not in shown(summary_table(summary_of(), metadata=METADATA))
 
 
@@ -382,7 +588,10 @@ def test_run_without_a_request_tells_it() -> None:
         hit_ratio=HitRatio(tokens=none, blocks=none),
         storage=base.storage.model_copy(update={"read_gib_per_s": None, "write_gib_per_s": None}),
         client=base.client.model_copy(update={"cpu_s": 0.0, "payload_cpu_s": 0.0, "payload_cpu_share": None}),
-        slo=Slo(ttft_p95_ms_target=450.0, met=None),
+        ttft_parts=TtftParts(**dict.fromkeys(TtftParts.model_fields)),
+        saved=Saved.of(SignedHistogram()),
+        reuse_distance=ReuseDistance(**dict.fromkeys(ReuseDistance.model_fields)),
+        slo=Slo(ttft_p95_ms_target=450.0, met=None, within_target=None, goodput_per_s=None),
     )
     text = flat(shown(summary_table(summary, metadata=METADATA)))
     assert "no request was completed in the measured window" in text
@@ -475,12 +684,26 @@ def test_units_of_bytes_ratios_and_times() -> None:
     ]
 
 
+def test_latencies_are_in_seconds_from_one_second_on() -> None:
+    """As one would say them; a number that is not there has no unit."""
+    assert [time_text(value_ms) for value_ms in (None, 0.0, 84.0, 999.0, 1000.0, 1900.0, 61_000.0)] == [
+        "n/a",
+        "0 ms",
+        "84.0 ms",
+        "999 ms",
+        "1.00 s",
+        "1.90 s",
+        "61.0 s",
+    ]
+    assert [with_unit(number, "ms") for number in ("n/a", "84.0")] == ["n/a", "84.0 ms"]
+
+
 def test_text_of_others_moves_no_cursor() -> None:
     """Control characters, line ends and broken text become blanks; markup is shown as it stands."""
     assert plain("a\x1b[2Jb\nc\udcff\u200bd") == "a [2Jb c  d"
     text = shown(summary_table(summary_of(error="[red]x[/] [/nothing]"), metadata={"model": "[bold]m"}))
     assert "[red]x[/] [/nothing]" in text
-    assert "[bold]m, n/a users" in text
+    assert "At n/a users of [bold]m this" in text
 
 
 # History
@@ -644,7 +867,7 @@ def test_details_end_with_the_summary_of_the_run() -> None:
     text = shown(run_details(run_entry(), document))
     # The model's name stands in the metadata, which this entry does not have.
     assert shown(summary_table(summary_of(), metadata=run_entry().metadata)) in text
-    assert "Time to first token (TTFT) p95 is 84.0 ms" in flat(text)
+    assert "time to first token (TTFT) p95 84.0 ms against 1.90 s without it" in flat(text)
 
 
 @pytest.mark.parametrize(

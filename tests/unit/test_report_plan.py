@@ -19,7 +19,7 @@ def rows(**flags: object) -> dict[str, str]:
     text = plan_text(
         found.spec,
         found.sources,
-        sizes(found.spec, found.spec.block_tokens),
+        sizes(found.spec),
         layout(found.spec, lambda _: True),
         result_dir=Path("/results"),
         cache_dir=found.spec.cache_dir or Path("/results/cache"),
@@ -87,6 +87,42 @@ def test_a_profiles_plan_names_what_it_sets() -> None:
             "I/O",
             "uring, 8 objects in flight, 1 thread, direct always, write sync batch, verify full",
         ),
+        ({}, "load", "100 synthetic users a rank (chat=1), closed loop"),
+        ({"workload": "chat=3,rag=1", "num_users": 5}, "load", "5 synthetic users a rank (chat=3,rag=1), closed loop"),
+        ({"enable_rag": True}, "load", "100 synthetic users a rank (rag=1), closed loop"),
+        (
+            {"request_rate": 2.5},
+            "load",
+            "100 synthetic users a rank (chat=1), 2.5 requests a second of all ranks together",
+        ),
+        (
+            {"trace": "t", "trace_format": "mooncake", "arrivals": "open", "time_scale": 0.5, "spread_arrivals": 3},
+            "load",
+            "trace t (mooncake), open loop, times x 0.5, spread over 3 s, first all requests",
+        ),
+        (
+            {"trace": "t", "trace_format": "agentic", "arrivals": "session", "max_requests": 7},
+            "load",
+            "trace t (agentic), sessions at their starts, with their pauses, times x 1, first 7 requests",
+        ),
+        (
+            {"trace": "t", "trace_format": "agentic", "arrivals": "closed", "num_users": 4},
+            "load",
+            "trace t (agentic), its sessions one after the other by 4 users a rank, first all requests",
+        ),
+        (
+            {"trace": "t", "trace_format": "azure", "arrivals": "open", "request_rate": 9},
+            "load",
+            "trace t (azure), open loop, 9 requests a second of all ranks together, first all requests",
+        ),
+        ({"duration": 10}, "phases", "warm-up 2 s, measured window 10 s, drain"),
+        ({"duration": 10, "trials": 3}, "phases", "3 times: warm-up 2 s, measured window 10 s, drain"),
+        (
+            {"duration": 10, "warmup": "steady"},
+            "phases",
+            "warm-up to a steady hit ratio, at most 600 s, measured window 10 s, drain",
+        ),
+        ({"promote": "never", "decisions": "completion"}, "policies", "promote never, decisions completion"),
         ({"cache_dir": "/c", "reuse_cache": True, "keep_cache": True}, "policies", "reuses the cache, keeps it"),
     ],
 )

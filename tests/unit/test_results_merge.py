@@ -2,123 +2,37 @@
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import pytest
 
 from mlpstorage.config import GIB, RunStatus
-from mlpstorage.measure.histogram import Histogram
-from mlpstorage.results.merge import merge_ranks
 from mlpstorage.results.models import (
     LATENCIES,
-    HistogramData,
-    RankClient,
     RankError,
     RankResult,
-    RankWindow,
     RequestCounts,
     Reuse,
+    Sample,
     StorageCounts,
-    Summary,
     TierCounts,
+    TtftCounts,
 )
-
-NO_TIERS = TierCounts(gpu=0, cpu=0, storage=0)
-NO_REQUESTS = RequestCounts(
-    completed=0,
-    failed=0,
-    loads_skipped=0,
-    loads_abandoned=0,
-    prompt_tokens=0,
-    output_tokens=0,
-    prompt_blocks=0,
-    cached_tokens=NO_TIERS,
-    hit_blocks=NO_TIERS,
-    ttft_saved_ns=0,
-    ttft_saved_requests=0,
+from mlpstorage.results.summary import Saved, Summary
+from tests.records import (
+    IDLE,
+    NO_STORAGE,
+    NO_TOKENS,
+    client,
+    costing,
+    exported,
+    merge,
+    rank,
+    reused,
+    saved,
+    storage_times,
+    window,
 )
-NO_STORAGE = StorageCounts(**dict.fromkeys(StorageCounts.model_fields, 0))
-
-
-def exported(samples_ns: Iterable[int] = ()) -> HistogramData:
-    """The export of a histogram of the samples."""
-    histogram = Histogram()
-    for sample_ns in samples_ns:
-        histogram.record(sample_ns)
-    return HistogramData.of(histogram)
-
-
-def window(measured_s: float, warmup_s: float = 0, drain_s: float = 0, in_flight: int = 0) -> RankWindow:
-    """A window of that length."""
-    return RankWindow(
-        start_unix_s=None,
-        warmup_s=warmup_s,
-        measured_s=measured_s,
-        drain_s=drain_s,
-        requests_in_flight_at_end=in_flight,
-    )
-
-
-def client(cpu_s: float = 0, cores: int = 4, rss_bytes: int = 1, os_bytes: int | None = 0) -> RankClient:
-    """A client that never lagged or waited, filled no payload and asked the system for `os_bytes` each way."""
-    return RankClient(
-        cpu_s=cpu_s,
-        payload_cpu_s=0,
-        cpu_wait_s=0,
-        cores=cores,
-        max_rss_bytes=rss_bytes,
-        os_read_bytes=os_bytes,
-        os_written_bytes=os_bytes,
-        loop_lag=exported(),
-    )
-
-
-def costing(cpu_s: float = 0, payload_cpu_s: float = 0, cpu_wait_s: float | None = 0) -> RankClient:
-    """A client of four cores with those costs."""
-    return client(cpu_s).model_copy(update={"payload_cpu_s": payload_cpu_s, "cpu_wait_s": cpu_wait_s})
-
-
-def storage_times(**sums_s: float) -> dict[str, HistogramData]:
-    """Latencies of a rank of which the named ones have one sample each, of so many seconds."""
-    samples = {name: exported([round(sum_s * 1e9)]) for name, sum_s in sums_s.items()}
-    return {name: exported() for name in LATENCIES} | samples
-
-
-IDLE = RankResult(
-    run_id="20261123_093000-0a1b2c",
-    rank=0,
-    host="h1",
-    status=RunStatus.COMPLETE,
-    error=None,
-    workload_digest="aa",
-    window=window(10.0),
-    requests=NO_REQUESTS,
-    storage=NO_STORAGE,
-    storage_total=NO_STORAGE,
-    latency={name: exported() for name in LATENCIES},
-    client=client(),
-    verify_failures=(),
-    dropped_page_cache_bytes=0,
-    reuse=None,
-    host_facts={},
-    samples=(),
-)
-"""A rank that measured for ten seconds, in which nothing happened."""
-
-
-def rank(number: int = 0, base: RankResult = IDLE, **changes: object) -> RankResult:
-    """Rank `number`, as `base` but for the changes."""
-    return base.model_copy(update={"rank": number, **changes})
-
-
-def merge(*ranks: RankResult, prefill_tokens_per_s: float = 20_000.0, ttft_p95_ms_target: float = 450.0) -> Summary:
-    """The summary of a model with 131,072 bytes a token."""
-    return merge_ranks(
-        ranks,
-        prefill_tokens_per_s=prefill_tokens_per_s,
-        bytes_per_token=131_072,
-        ttft_p95_ms_target=ttft_p95_ms_target,
-    )
 
 
 def nearest_rank_ns(samples_ns: Sequence[int], percent: float) -> int:
@@ -140,8 +54,6 @@ BUSY = [
             prompt_blocks=60,
             cached_tokens=TierCounts(gpu=1_000, cpu=500, storage=1_500),
             hit_blocks=TierCounts(gpu=10, cpu=5, storage=15),
-            ttft_saved_ns=3_000_000_000,
-            ttft_saved_requests=20,
         ),
         storage=NO_STORAGE.model_copy(
             update={"read_bytes": 6 * GIB, "written_bytes": 2 * GIB, "padding_bytes": GIB, "read_ops": 60}
@@ -162,8 +74,6 @@ BUSY = [
             prompt_blocks=20,
             cached_tokens=TierCounts(gpu=0, cpu=0, storage=1_000),
             hit_blocks=TierCounts(gpu=0, cpu=0, storage=10),
-            ttft_saved_ns=1_000_000_000,
-            ttft_saved_requests=5,
         ),
         storage=NO_STORAGE.model_copy(
             update={"read_bytes": 2 * GIB, "written_bytes": 3 * GIB, "padding_bytes": 0, "read_ops": 20}
@@ -310,12 +220,19 @@ def test_idle_run_has_no_rates_of_zero() -> None:
     assert summary.client.cpu_ms_per_gib is None
     assert summary.client.payload_cpu_share is None
     assert summary.client.bottleneck_reason is None
-    assert summary.breakeven.ttft_saved_mean_ms is None
-    assert summary.slo.met is None
+    assert summary.breakeven.load_gib_per_s is None
+    assert summary.breakeven.storage_saved_mean_ms is None
+    assert summary.saved.mean_ms is None
+    assert summary.ttft_parts.storage_share is None
+    assert summary.reuse_distance.first_use_share is None
+    assert (summary.slo.met, summary.slo.within_target) == (None, None)
+    # Without a line in the window there is no second in which most was read.
+    assert (summary.storage.read_peak_gib_per_s, summary.storage.read_burst_ratio) == (None, None)
     assert summary.latency["ttft"].p50_ms is None
     # It did measure ten seconds, in which nothing was read: that is a rate of 0, and known.
     assert summary.storage.read_gib_per_s == 0.0
     assert summary.requests.rate_per_s == 0.0
+    assert summary.slo.goodput_per_s == 0.0
 
 
 def test_run_that_never_measured_has_no_rates() -> None:
@@ -466,12 +383,178 @@ def test_late_loop_is_told_above_twenty_milliseconds(lag_ns: int, reason: str | 
     assert merge(rank(client=lagging)).client.bottleneck_reason == reason
 
 
-def test_break_even_is_prefill_speed_times_bytes() -> None:
-    """20,000 tokens a second of 131,072 bytes each are 2.44140625 GiB/s; 4 s saved in 25 requests are 160 ms each."""
-    breakeven = merge(*BUSY).breakeven
+def first_tokens(**changes: int | None) -> TtftCounts:
+    """Sums over first tokens, all 0 but for the changes."""
+    return NO_TOKENS.model_copy(update=changes)
+
+
+def test_break_even_is_of_the_requests_that_read() -> None:
+    """Two ranks' sums: 60,000 tokens, 3 s to compute, 4 s to read, in 40 requests, 30 of them slower.
+
+    60,000 / 3 s are 20,000 tokens/s, at 131,072 bytes a token 2.44140625 GiB/s. Read were 60,000 x 131,072 bytes
+    (7.32421875 GiB) in 4 s: 1.8310546875 GiB/s. Reading cost each request (3 s - 4 s) / 40 = -25 ms.
+    """
+    first = first_tokens(
+        requests=50,
+        storage_loads=30,
+        storage_load_tokens=45_000,
+        storage_loads_ns=3_500_000_000,
+        storage_recompute_ns=2_000_000_000,
+        storage_slower_loads=28,
+    )
+    second = first_tokens(
+        requests=10,
+        storage_loads=10,
+        storage_load_tokens=15_000,
+        storage_loads_ns=500_000_000,
+        storage_recompute_ns=1_000_000_000,
+        storage_slower_loads=2,
+    )
+    breakeven = merge(rank(0, first_tokens=first), rank(1, first_tokens=second)).breakeven
     assert breakeven.prefill_tokens_per_s == 20_000.0
     assert breakeven.read_gib_per_s_needed == 2.44140625
-    assert breakeven.ttft_saved_mean_ms == 160.0
+    assert breakeven.load_gib_per_s == 1.8310546875
+    assert (breakeven.storage_loads, breakeven.storage_slower_loads) == (40, 30)
+    assert breakeven.storage_saved_mean_ms == -25.0
+
+
+def test_break_even_is_not_known_where_a_rank_does_not_compute() -> None:
+    """Without modelled compute nothing can be held against the reads; what a load got is known all the same.
+
+    1,024 tokens of 131,072 bytes are 1/8 GiB, in half a second 0.25 GiB/s.
+    """
+    silent = first_tokens(
+        requests=1,
+        storage_loads=1,
+        storage_load_tokens=1_024,
+        storage_loads_ns=500_000_000,
+        storage_recompute_ns=None,
+        storage_slower_loads=None,
+    )
+    told = first_tokens(storage_recompute_ns=7, storage_slower_loads=0)
+    for ranks in ([rank(first_tokens=silent)], [rank(0, first_tokens=silent), rank(1, first_tokens=told)]):
+        breakeven = merge(*ranks).breakeven
+        assert (breakeven.storage_loads, breakeven.load_gib_per_s) == (1, 0.25)
+        assert breakeven.prefill_tokens_per_s is None
+        assert breakeven.read_gib_per_s_needed is None
+        assert breakeven.storage_slower_loads is None
+        assert breakeven.storage_saved_mean_ms is None
+
+
+def test_parts_are_means_over_all_first_tokens_and_add_up() -> None:
+    """Sums of two ranks over their 4 + 6 first tokens; 30 ms of 100 ms are the storage's share."""
+    parts = {
+        "client_late_ns": (1_000_000, 9_000_000),
+        "lookup_ns": (2_000_000, 0),
+        "storage_load_ns": (100_000_000, 200_000_000),
+        "dram_load_ns": (38_000_000, 20_000_000),
+        "prefill_queue_ns": (30_000_000, 100_000_000),
+        "prefill_ns": (400_000_000, 100_000_000),
+    }
+    ranks = [
+        rank(number, first_tokens=first_tokens(requests=count, **{name: sums[number] for name, sums in parts.items()}))
+        for number, count in enumerate((4, 6))
+    ]
+    merged = merge(*ranks).ttft_parts
+    assert merged.client_late_mean_ms == 1.0
+    assert merged.lookup_mean_ms == 0.2
+    assert merged.storage_load_mean_ms == 30.0
+    assert merged.dram_load_mean_ms == 5.8
+    assert merged.prefill_queue_mean_ms == 13.0
+    assert merged.prefill_mean_ms == 50.0
+    assert merged.storage_share == 0.3
+
+
+def test_savings_are_pooled_with_their_signs() -> None:
+    """60 requests gain 40 ms, 40 lose 10 ms: mean (2,400 - 400) / 100 = 20 ms, p5 a loss, p50 a gain.
+
+    Of 100 differences in order the 5th and all up to the 40th are losses; p5 has only four below it, ten are needed.
+    With twice as many it is the 10th, with nine below; with 220 the 11th, and told.
+    """
+    gains, losses = [40_000_000] * 60, [-10_000_000] * 40
+    summary = merge(rank(0, saved=saved(gains + losses[:15])), rank(1, saved=saved(losses[15:])))
+    assert (summary.saved.requests, summary.saved.slower_requests) == (100, 40)
+    assert summary.saved.mean_ms == 20.0
+    assert summary.saved.p5_ms is None
+    assert summary.saved.p50_ms == 40.0
+    assert summary.saved.p95_ms is None
+    many = merge(rank(saved=saved([*gains * 2, *losses * 2, *losses[:20]]))).saved
+    assert (many.requests, many.slower_requests) == (220, 100)
+    assert (many.p5_ms, many.p50_ms, many.p95_ms) == (-10.0, 40.0, 40.0)
+    assert many.mean_ms == pytest.approx((120 * 40 - 100 * 10) / 220, abs=1e-6)
+    assert Saved.model_validate_json(many.model_dump_json()) == many
+
+
+def test_goodput_is_the_requests_within_the_target() -> None:
+    """45 of 60 first tokens of two ranks within the target in ten seconds: 75 %, and 4.5 a second."""
+    ranks = [
+        rank(0, first_tokens=first_tokens(requests=50, within_target=44)),
+        rank(1, window=window(8.0), first_tokens=first_tokens(requests=10, within_target=1)),
+    ]
+    slo = merge(*ranks).slo
+    assert (slo.within_target, slo.goodput_per_s) == (0.75, 4.5)
+    assert merge(rank(base=ranks[0], window=window(0.0))).slo.goodput_per_s is None
+
+
+def sample(number: int, t_s: float, read_gib_per_s: float, phase: str = "window") -> Sample:
+    """A line of the time series of a rank; only its rate matters here."""
+    counters = dict.fromkeys(set(Sample.model_fields) - {"rank", "t_s", "phase", "read_gib_per_s"}, 0)
+    return Sample.model_validate(
+        counters | {"rank": number, "t_s": t_s, "phase": phase, "read_gib_per_s": read_gib_per_s}
+    )
+
+
+def test_the_peak_is_of_the_second_in_which_all_together_read_most() -> None:
+    """Rank 0 reads 3, 1, 2 GiB/s, rank 1 reads 0, 4, 2: together 3, 5, 4. The peaks of each, 3 and 4, never met.
+
+    The run's mean is 20 GiB in ten seconds, hence the bursts are 2.5 times that. Lines of the warm-up do not count.
+    """
+    read = NO_STORAGE.model_copy(update={"read_bytes": 10 * GIB})
+    first = (sample(0, 0.999, 9.0, "warmup"), sample(0, 2.0, 3.0), sample(0, 3.001, 1.0), sample(0, 4.0, 2.0))
+    second = (sample(1, 1.0, 9.0, "warmup"), sample(1, 2.001, 0.0), sample(1, 2.999, 4.0), sample(1, 4.1, 2.0))
+    storage = merge(rank(0, storage=read, samples=first), rank(1, storage=read, samples=second)).storage
+    assert storage.read_gib_per_s == 2.0
+    assert storage.read_peak_gib_per_s == 5.0
+    assert storage.read_burst_ratio == 2.5
+    idle = merge(rank(samples=second[1:2])).storage
+    assert (idle.read_peak_gib_per_s, idle.read_burst_ratio) == (0.0, None)
+
+
+def test_reuse_distances_are_pooled_and_in_gib() -> None:
+    """50 first uses; 150 others, 80 of them at 32 blocks, 60 at 64, 10 at 96, over two ranks. A block is 1/32 GiB.
+
+    Of 150 the 75th lies at 32 blocks, 1 GiB; the 135th at 64, 2 GiB; above the 148.5th lie fewer than ten.
+    """
+    ranks = [
+        rank(0, reuse_distance=reused(10, {32: 80, 64: 5})),
+        rank(1, reuse_distance=reused(40, {64: 55, 96: 10})),
+    ]
+    merged = merge(*ranks).reuse_distance
+    assert merged.first_use_share == 0.25
+    assert (merged.p50_gib, merged.p90_gib, merged.p99_gib) == (1.0, 2.0, None)
+
+
+def test_sampled_reuse_needs_ten_sampled_blocks_above() -> None:
+    """Where a tracked block stands for four, each of ten samples counts four: 40 uses must lie above, not ten."""
+    ranks = [rank(0, reuse_distance=reused(0, {10: 4}, weight=1)), rank(1, reuse_distance=reused(0, {20: 396}, 4))]
+    merged = merge(*ranks).reuse_distance
+    assert merged.first_use_share == 0.0
+    # 400 uses: above p90 lie 40, above p99 four. Of 396 there are 39.6 above p90.
+    assert (merged.p90_gib, merged.p99_gib) == (20 / 32, None)
+    fewer = merge(rank(reuse_distance=reused(0, {20: 396}, 4))).reuse_distance
+    assert (fewer.p50_gib, fewer.p90_gib) == (20 / 32, None)
+
+
+def test_a_warm_up_is_steady_where_that_of_every_rank_is() -> None:
+    """None where nobody waited for it; false where any rank's hit ratio was still moving."""
+
+    def of(*steady: bool | None) -> bool | None:
+        windows = [window(10.0).model_copy(update={"warmup_steady": one}) for one in steady]
+        return merge(*(rank(number, window=one) for number, one in enumerate(windows))).window.warmup_steady
+
+    assert (of(None), of(None, None)) == (None, None)
+    assert of(True, True) is True
+    assert of(True, False) is False
 
 
 @pytest.mark.parametrize(("target_ms", "met"), [(255.0, True), (254.0, False)])
@@ -537,6 +620,13 @@ def test_workload_digest_is_of_all_ranks_in_their_order() -> None:
     expected = hashlib.sha256(b"aa\nbb\ncc\n").hexdigest()
     assert merge(*ranks).workload_digest == expected
     assert merge(ranks[2], ranks[0], ranks[1]).workload_digest == expected
+
+
+def test_operations_digest_is_of_all_ranks_in_their_order() -> None:
+    """As that of the workload, and of the operations alone."""
+    ranks = [rank(number, operations_digest=digest) for number, digest in enumerate(("dd", "ee"))]
+    assert merge(ranks[1]).operations_digest == "ee"
+    assert merge(*reversed(ranks)).operations_digest == hashlib.sha256(b"dd\nee\n").hexdigest()
 
 
 def test_order_of_the_ranks_changes_nothing() -> None:

@@ -5,13 +5,16 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpstorage.cli.parser import build_parser
 from mlpstorage.config import (
     KVCACHE_MODELS,
+    WORKLOADS,
     Accelerator,
+    Arrivals,
+    Decisions,
     DirectMode,
     Eviction,
     GenerationMode,
@@ -19,8 +22,10 @@ from mlpstorage.config import (
     IoPriority,
     Layout,
     PerformanceProfile,
+    Promotion,
     StorePolicy,
     TouchOrder,
+    TraceFormat,
     Verify,
     WriteOverflow,
     WriteSync,
@@ -169,6 +174,25 @@ def test_a_config_file_that_cannot_be_had_is_named(tmp_path: Path) -> None:
         ("io_threads", "0", "--io-threads"),
         ("seed", "-1", "--seed"),
         ("warmup", "-1", "--warmup"),
+        ("warmup", "Steady", "--warmup"),
+        ("workload", "poetry", "--workload"),
+        ("workload", "chat=0", "--workload"),
+        ("workload", "chat=-1,rag=1", "--workload"),
+        ("workload", "chat=nan", "--workload"),
+        ("workload", "chat=1,chat=2", "--workload"),
+        ("workload", "chat=some", "--workload"),
+        ("workload", "chat,", "--workload"),
+        ("rag_num_docs", "0", "--rag-num-docs"),
+        ("trace_format", "csv", "--trace-format"),
+        ("arrivals", "random", "--arrivals"),
+        ("request_rate", "0", "--request-rate"),
+        ("request_rate", "inf", "--request-rate"),
+        ("time_scale", "0", "--time-scale"),
+        ("spread_arrivals", "-1", "--spread-arrivals"),
+        ("trials", "0", "--trials"),
+        ("trials", "1001", "--trials"),
+        ("promote", "once", "--promote"),
+        ("decisions", "later", "--decisions"),
         ("model", "gpt-9", "--model"),
         ("touch", "middle", "--touch"),
         ("hosts", "h[3-1]", "--hosts"),
@@ -242,6 +266,24 @@ def test_a_value_out_of_range_is_refused_by_the_name_it_came_under(
         ({"max_requests": 5}, "--max-requests"),
         ({"time_scale": 0.5}, "--time-scale"),
         ({"trace": "t.jsonl", "disable_multi_turn": True}, "--disable-multi-turn"),
+        ({"trace_format": "azure"}, "--trace-format: needs --trace"),
+        ({"spread_arrivals": 1}, "--spread-arrivals: needs --trace"),
+        ({"trace": "t.jsonl", "enable_rag": True}, "--enable-rag: is for synthetic users"),
+        ({"trace": "t.jsonl", "workload": "rag"}, "--workload: is for synthetic users"),
+        ({"enable_rag": True, "workload": "chat=1,batch=1"}, "--enable-rag: .*weight in --workload"),
+        ({"enable_rag": True, "workload": "batch"}, "--enable-rag: "),
+        ({"arrivals": "session"}, "--arrivals session: needs --trace"),
+        ({"arrivals": "open"}, "--arrivals open: synthetic users need --request-rate"),
+        ({"arrivals": "closed", "request_rate": 2}, "--request-rate: .*not for --arrivals closed"),
+        ({"trace": "t", "arrivals": "session", "request_rate": 2}, "--request-rate: .*not for --arrivals session"),
+        ({"trace": "t", "request_rate": 2, "time_scale": 0.5}, "--time-scale: .*--request-rate replaces"),
+        ({"trace": "t", "request_rate": 2, "spread_arrivals": 1}, "--spread-arrivals: .*--request-rate replaces"),
+        ({"decisions": "arrival", "write_overflow": "drop"}, "--decisions arrival: --write-overflow drop"),
+        ({"decisions": "arrival", "write_interval_s": 1}, "--decisions arrival: --write-interval-s decides by time"),
+        ({"decisions": "arrival", "write_queue_s": 1}, "--decisions arrival: --write-queue-s decides by time"),
+        ({"decisions": "arrival", "load_timeout": 1}, "--decisions arrival: --load-timeout decides by time"),
+        ({"trials": 2, "keep_cache": True}, "--trials: .*leave out --keep-cache"),
+        ({"trials": 2, "reuse_cache": True, "cache_dir": "/mnt/kv"}, "--trials: .*leave out --reuse-cache"),
         ({"layout": "object"}, "--layout object: needs --cache-dir s3://"),
         ({"layout": "object", "cache_dir": "/mnt/kv"}, "--layout object: needs --cache-dir s3://"),
         ({"layout": "file", "cache_dir": "s3://bucket/kv"}, "--layout file: s3://bucket/kv can hold layout object"),
@@ -266,6 +308,55 @@ def test_options_that_do_not_go_together_are_refused(flags: dict[str, object], f
     """What belongs to a trace needs one, what an object store or no storage cannot do is not asked of it, and so on."""
     with pytest.raises(UsageError, match=flag):
         resolved(flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("given_as", "mix"),
+    [
+        ("chat", {"chat": 1.0}),
+        ("rag=2.5", {"rag": 2.5}),
+        ("chat=3,rag", {"chat": 3.0, "rag": 1.0}),
+        ("chat=3, coding-agent=1", {"chat": 3.0, "coding-agent": 1.0}),
+        ({"batch": 1, "document-qa": 0.5}, {"batch": 1.0, "document-qa": 0.5}),
+    ],
+)
+def test_forms_of_mixes(given_as: object, mix: dict[str, float]) -> None:
+    """A profile, several with weights, and the mapping that a config file holds."""
+    assert resolved(flags={"workload": given_as}).spec.mix == mix
+
+
+def test_a_mix_may_stand_in_a_config_file_and_in_the_environment(tmp_path: Path) -> None:
+    """As a mapping, or as the text of the flag."""
+    path = tmp_path / "config.yaml"
+    path.write_text("workload:\n  chat: 3\n  rag: 1\n")
+    assert resolved(file=path).spec.mix == {"chat": 3.0, "rag": 1.0}
+    assert resolved(env={"MLPSTORAGE_WORKLOAD": "rag=2,batch=1"}, file=path).spec.mix == {"rag": 2.0, "batch": 1.0}
+
+
+@pytest.mark.parametrize("workload", [None, "chat", "rag", "rag=7"])
+def test_enable_rag_is_a_workload_of_rag(workload: str | None) -> None:
+    """The published switch; beside it stand the default and what it means alone, and no other weight changes that."""
+    if workload == "rag=7":
+        with pytest.raises(UsageError, match="--enable-rag"):
+            resolved(flags={"enable_rag": True, "workload": workload})
+        return
+    spec = resolved(flags={"enable_rag": True, "workload": workload}).spec
+    assert spec.mix == {"rag": 1.0}
+
+
+def test_a_warm_up_is_seconds_or_a_word() -> None:
+    """Text from the environment, and a number from a file, are seconds; one word is not."""
+    assert resolved(env={"MLPSTORAGE_WARMUP": "2.5"}).spec.warmup == 2.5
+    assert resolved(env={"MLPSTORAGE_WARMUP": "steady"}).spec.warmup == "steady"
+    assert resolved(flags={"warmup": 3}).spec.warmup == 3
+    assert resolved().spec.warmup is None
+
+
+def test_a_policy_that_decides_by_time_is_named() -> None:
+    """So that decisions at arrival are not chosen for it; queues without a time limit do not count."""
+    assert resolved(flags={"write_queue_gib": 3, "write_batch": 2}).spec.timed_policy is None
+    assert resolved(flags={"write_overflow": "drop"}).spec.timed_policy == "--write-overflow drop"
+    assert resolved(flags={"load_timeout": 1}).spec.timed_policy == "--load-timeout"
 
 
 def test_null_in_a_config_file_may_be_a_layout_or_nothing(tmp_path: Path) -> None:
@@ -498,6 +589,38 @@ COMPUTES = st.one_of(
 )
 """What computes: a formula, rates, or nothing."""
 
+USERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "workload": st.dictionaries(st.sampled_from(WORKLOADS), POSITIVE, min_size=1) | st.just({"rag": 1.0}),
+        "rag_num_docs": st.integers(1, 1_000_000),
+        "disable_multi_turn": st.booleans(),
+        "arrivals": st.sampled_from([None, Arrivals.CLOSED]),
+    },
+)
+TRACES = st.fixed_dictionaries(
+    {"trace": PATHS},
+    optional={
+        "trace_format": none_or(st.sampled_from(TraceFormat)),
+        "max_requests": none_or(st.integers(1, 1 << 60)),
+        "arrivals": none_or(st.sampled_from(Arrivals)),
+        "time_scale": POSITIVE,
+        "spread_arrivals": st.just(0.0) | POSITIVE,
+    },
+)
+AT_A_RATE = st.fixed_dictionaries(
+    {"request_rate": POSITIVE},
+    optional={
+        "trace": none_or(PATHS),
+        "arrivals": st.sampled_from([None, Arrivals.OPEN]),
+    },
+)
+LOADS = st.one_of(USERS, st.just({"enable_rag": True, "rag_num_docs": 3}), TRACES, AT_A_RATE)
+"""What is played, and when."""
+
+TIMED = ("write_overflow", "write_queue_s", "write_interval_s", "load_timeout")
+"""Policies that may decide by time."""
+
 TIMEOUTS = st.tuples(POSITIVE, st.just(0.0) | POSITIVE, st.just(0.0) | POSITIVE).map(
     lambda three: LoadTimeout(base_s=three[0], per_1024_tokens_s=three[1], most_s=three[0] + three[2])
 )
@@ -505,15 +628,11 @@ PARTS = st.floats(min_value=0, max_value=1, exclude_min=True)
 OTHERS: dict[str, st.SearchStrategy[object]] = {
     "model": st.sampled_from(KVCACHE_MODELS),
     "num_users": st.integers(1, 1_000_000),
-    "trace": none_or(PATHS),
-    "time_scale": POSITIVE,
-    "max_requests": none_or(st.integers(1, 1 << 60)),
-    "block_tokens": st.integers(1, 1 << 20),
-    "disable_multi_turn": st.booleans(),
+    "block_tokens": none_or(st.integers(1, 1 << 20)),
     "disable_prefix_caching": st.booleans(),
     "seed": st.integers(0, (1 << 63) - 1),
     "duration": POSITIVE,
-    "warmup": none_or(st.just(0.0) | POSITIVE),
+    "warmup": none_or(st.just("steady") | st.just(0.0) | POSITIVE),
     "gpu_mem_gb": st.just(0.0) | POSITIVE,
     "cpu_mem_gb": none_or(st.just(0.0) | POSITIVE),
     "storage_gb": none_or(POSITIVE),
@@ -528,6 +647,8 @@ OTHERS: dict[str, st.SearchStrategy[object]] = {
     "object_part_mib": st.integers(5, 5 * 1024),
     "io_limit_s": POSITIVE,
     "store_policy": st.sampled_from(StorePolicy),
+    "promote": st.sampled_from(Promotion),
+    "decisions": none_or(st.sampled_from(Decisions)),
     "eviction": st.sampled_from(Eviction),
     "evict_above": PARTS,
     "evict_to": PARTS,
@@ -546,6 +667,8 @@ def test_the_values_tried_are_of_every_field_that_a_rank_hears() -> None:
     """A new field must join the next test."""
     apart = {"cache_dir", "layout", "direct", "verify", "reuse_cache", "keep_cache"}
     apart |= {"io_engine", "io_depth", "io_threads"}
+    apart |= {"workload", "enable_rag", "rag_num_docs", "disable_multi_turn", "trace", "trace_format", "max_requests"}
+    apart |= {"arrivals", "request_rate", "time_scale", "spread_arrivals"}
     apart |= {"accelerator", "num_accelerators", "mfu", "prefill_tokens_per_s", "decode_tokens_per_s"}
     # A file that must be there: test_spec_compute.py.
     apart |= {"model_config_file"}
@@ -554,23 +677,27 @@ def test_the_values_tried_are_of_every_field_that_a_rank_hears() -> None:
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(
-    others=st.fixed_dictionaries({}, optional=OTHERS), place=PLACES, drive=DRIVES, compute=COMPUTES, rings=st.booleans()
+    others=st.fixed_dictionaries({}, optional=OTHERS),
+    place=PLACES,
+    drive=DRIVES,
+    compute=COMPUTES,
+    load=LOADS,
+    rings=st.booleans(),
 )
 def test_a_ranks_command_line_gives_the_spec_back(
     others: dict[str, object],
     place: dict[str, object],
     drive: dict[str, object],
     compute: dict[str, object],
+    load: dict[str, object],
     *,
     rings: bool,
 ) -> None:
     """Whatever the values, to the last bit of a float and with any path."""
-    values = others | place | drive | compute
-    if values.get("trace") is None:
-        assume("max_requests" not in values or values["max_requests"] is None)
-        values.pop("time_scale", None)
-    else:
-        values.pop("disable_multi_turn", None)
+    values = others | place | drive | compute | load
+    if values.get("decisions") is Decisions.ARRIVAL:
+        for name in TIMED:
+            values.pop(name, None)
     if rings and isinstance(values["cache_dir"], Path) and values.get("layout") is not Layout.NULL:
         values.pop("io_threads", None)
         values["io_engine"] = IoEngineName.URING
@@ -596,6 +723,11 @@ def test_a_ranks_command_line_gives_the_spec_back(
         ({"file_levels": []}, ["--file-levels", "flat"]),
         ({"load_timeout": 2.5}, ["--load-timeout", "2.5:0:2.5"]),
         ({"profile": "vllm-fs"}, ["--profile", "vllm-fs"]),
+        ({"workload": "chat=3,rag=0.1"}, ["--workload", "chat=3,rag=0.1"]),
+        ({"enable_rag": True}, ["--enable-rag"]),
+        ({"warmup": "steady"}, ["--warmup", "steady"]),
+        ({"warmup": 2.5}, ["--warmup", "2.5"]),
+        ({"trials": 3}, ["--trials", "3"]),
         ({"keep_cache": True}, ["--keep-cache"]),
         ({"keep_cache": False}, []),
         ({"storage_gb": None}, []),

@@ -9,6 +9,7 @@ import pytest
 
 from mlpstorage.config import Eviction, StorePolicy, TouchOrder
 from mlpstorage.kvcache.block_io import Behind
+from mlpstorage.kvcache.operations import OperationsDigest
 from mlpstorage.kvcache.storage_tier import USED_BEFORE_BLOCKS, StorageTier
 from mlpstorage.storage.ops import OpKind
 from mlpstorage.storage.payload import VerifyError
@@ -368,7 +369,7 @@ def test_a_million_blocks_on_storage_take_less_than_400_bytes_each() -> None:
 def test_uses_are_remembered_of_so_many_blocks_and_no_more() -> None:
     """The oldest use is forgotten for the newest: that block's next use counts as its first."""
     config = replace(PLAIN, store_policy=StorePolicy.SECOND_USE)
-    tier = StorageTier(config, Behind(ModelledIO(), lambda _: None))
+    tier = StorageTier(config, Behind(ModelledIO(), lambda _: None), OperationsDigest())
     assert not any(tier.used_before(block_id) for block_id in range(USED_BEFORE_BLOCKS))
     assert tier.used_before(1)
     assert not tier.used_before(-1)

@@ -10,7 +10,6 @@ import pytest
 from mlpstorage.kvcache.request import Request
 from mlpstorage.kvcache.synthetic import PROFILES, Mix, user_requests
 from mlpstorage.kvcache.synthetic.block_ids import shared_block_ids
-from mlpstorage.kvcache.workload import session_workload
 
 CHAT = PROFILES["chat"]
 ALL = tuple(PROFILES)
@@ -243,36 +242,3 @@ def test_a_mix_that_cannot_be_drawn_is_refused(weights: dict[str, float], rag_nu
     """Where it is made, with what is wrong."""
     with pytest.raises(ValueError, match=re.escape(message)):
         Mix(weights=weights, rag_num_docs=rag_num_docs)
-
-
-def test_the_workload_has_one_endless_stream_per_user() -> None:
-    """Users are numbered from 0, and a stream opened again begins anew."""
-    workload = session_workload(Mix(), 3, 42, 256)
-    assert workload.block_tokens == 256
-    assert [next(user()).user for user in workload.users] == [0, 1, 2]
-    assert list(islice(workload.users[1](), 30)) == list(islice(workload.users[1](), 30)) == first(30, user=1)
-
-
-def test_the_workload_can_be_single_turn() -> None:
-    """The switch reaches the users."""
-    workload = session_workload(Mix(), 2, 42, 256, multi_turn=False)
-    assert list(islice(workload.users[0](), 30)) == first(30, multi_turn=False)
-
-
-def test_equal_parameters_give_equal_digests_and_others_do_not() -> None:
-    """Whatever changes what is played changes the digest."""
-    digest = session_workload(Mix(), 20, 42, 256).digest
-    assert re.fullmatch("[0-9a-f]{64}", digest)
-    assert session_workload(Mix(rag_num_docs=7), 20, 42, 256).digest == digest
-    others = {
-        session_workload(Mix(), 20, 43, 256).digest,
-        session_workload(Mix(), 19, 42, 256).digest,
-        session_workload(Mix(), 20, 42, 512).digest,
-        session_workload(Mix(), 20, 42, 256, multi_turn=False).digest,
-        session_workload(only("document-qa"), 20, 42, 256).digest,
-        session_workload(only("rag"), 20, 42, 256).digest,
-        session_workload(only("rag", rag_num_docs=11), 20, 42, 256).digest,
-        session_workload(Mix(weights={"chat": 0.700, "rag": 0.3}), 20, 42, 256).digest,
-        session_workload(Mix(weights={"chat": 0.701, "rag": 0.3}), 20, 42, 256).digest,
-    }
-    assert len(others | {digest}) == 10

@@ -272,7 +272,7 @@ class TestDetection:
         assert caught.value.exit_code == 5
         assert all(trace_format.value in str(caught.value) for trace_format in TraceFormat)
 
-    @pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b""), zstd(b"")])
+    @pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b"", mtime=0), zstd(b"")])
     def test_an_empty_file_is_refused(self, tmp_path: Path, content: bytes) -> None:
         """Packed or not."""
         path = tmp_path / "t"

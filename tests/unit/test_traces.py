@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from mlpstorage.config import TraceFormat
-from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError
+from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError
 from mlpstorage.kvcache.traces import TraceRequest, check_block_tokens, full_block_ids, open_trace, regroup
-from mlpstorage.kvcache.workload import OpenLoop, trace_workload
 
 CONVERSATION = Path(__file__).resolve().parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
 
@@ -42,19 +41,6 @@ def five_requests(path: Path) -> Path:
         path,
         *(line(60_000 + 1_000 * number, 1_100, 10 + number, [0, 10 + number, 20 + number]) for number in range(5)),
     )
-
-
-def play(
-    path: Path,
-    block_tokens: int = 256,
-    *,
-    time_scale: float = 1.0,
-    max_requests: int | None = None,
-    rank: int = 0,
-    ranks: int = 1,
-) -> OpenLoop:
-    """The workload of one rank; by default one rank that plays all of the trace as it is."""
-    return trace_workload(path, block_tokens, time_scale=time_scale, max_requests=max_requests, rank=rank, ranks=ranks)
 
 
 @contextmanager
@@ -248,86 +234,3 @@ class TestBlocks:
             with pytest.raises(ConfigurationError, match=what) as caught:
                 call()
             assert caught.value.exit_code == 5
-
-
-class TestTraceWorkload:
-    """`trace_workload`."""
-
-    def test_requests_are_those_of_the_trace(self, tmp_path: Path) -> None:
-        """Times count from the first request, prompts keep their length, the partial block is gone, none waits."""
-        workload = play(five_requests(tmp_path / "t.jsonl"))
-        requests = list(workload.requests())
-        assert workload.block_tokens == 512
-        assert [request.arrival_s for request in requests] == [0.0, 1.0, 2.0, 3.0, 4.0]
-        assert [request.output_tokens for request in requests] == [10, 11, 12, 13, 14]
-        assert [request.block_ids for request in requests] == [(0, 10), (0, 11), (0, 12), (0, 13), (0, 14)]
-        assert {(request.prompt_tokens, request.think_s, request.turn) for request in requests} == {(1_100, 0.0, 0)}
-
-    def test_the_stream_can_be_opened_again(self, tmp_path: Path) -> None:
-        """Each call begins at the first request, so that counting and playing see the same."""
-        workload = play(five_requests(tmp_path / "t.jsonl"))
-        assert len(list(workload.requests())) == 5
-        assert list(workload.requests()) == list(workload.requests())
-
-    def test_time_scale_stretches_the_arrivals(self, tmp_path: Path) -> None:
-        """A scale of 0.5 plays the trace twice as fast."""
-        workload = play(five_requests(tmp_path / "t.jsonl"), time_scale=0.5)
-        assert [request.arrival_s for request in workload.requests()] == [0.0, 0.5, 1.0, 1.5, 2.0]
-
-    def test_blocks_are_grouped_to_the_wanted_size(self, tmp_path: Path) -> None:
-        """With 1,024 tokens a block, each prompt of 1,100 tokens has one full block, named by its second half."""
-        workload = play(five_requests(tmp_path / "t.jsonl"), 1_024)
-        assert workload.block_tokens == 1_024
-        assert [request.block_ids for request in workload.requests()] == [(10,), (11,), (12,), (13,), (14,)]
-
-    def test_ranks_share_the_requests_in_turn(self, tmp_path: Path) -> None:
-        """Every rank plays its own requests at the trace's times; together they play each request once."""
-        path = five_requests(tmp_path / "t.jsonl")
-        parts = [[request.arrival_s for request in play(path, rank=rank, ranks=2).requests()] for rank in range(2)]
-        assert parts == [[0.0, 2.0, 4.0], [1.0, 3.0]]
-
-    def test_a_limit_counts_the_requests_of_all_ranks(self, tmp_path: Path) -> None:
-        """Three requests over two ranks: two for the first, one for the second."""
-        path = five_requests(tmp_path / "t.jsonl")
-        counts = [len(list(play(path, max_requests=3, rank=rank, ranks=2).requests())) for rank in range(2)]
-        assert counts == [2, 1]
-
-    def test_a_rank_without_a_request_is_refused(self, tmp_path: Path) -> None:
-        """Six ranks cannot share five requests; the message names the flags."""
-        path = five_requests(tmp_path / "t.jsonl")
-        with pytest.raises(ConfigurationError, match=r"rank 5 of 6; lower --num-processes, or raise --max-requests"):
-            play(path, rank=5, ranks=6)
-
-    def test_a_broken_line_shows_before_anything_is_played(self, tmp_path: Path) -> None:
-        """The workload is not made from a trace that would fail later on; nor from one that is not there."""
-        path = written(tmp_path / "t.jsonl", GOOD_LINE, "broken")
-        with pytest.raises(ConfigurationError, match="line 2"):
-            play(path)
-        assert play(path, max_requests=1).digest
-        with pytest.raises(MLPStorageError, match="there is no such trace"):
-            play(tmp_path / "absent")
-
-    def test_equal_workloads_have_equal_digests(self, tmp_path: Path) -> None:
-        """The digest hangs on what is played, not on the file's name or its blank lines."""
-        one = five_requests(tmp_path / "one.jsonl")
-        two = tmp_path / "two.jsonl"
-        two.write_text("\n" + one.read_text().replace(", ", ","))
-        assert play(one).digest == play(two).digest
-        assert re.fullmatch("[0-9a-f]{64}", play(one).digest)
-        assert play(one, 256).digest == play(one, 512).digest  # the trace keeps its own blocks in both
-
-    def test_different_workloads_have_different_digests(self, tmp_path: Path) -> None:
-        """Whatever changes what is played changes the digest: a part, a pace, a block size, or a single id."""
-        path = five_requests(tmp_path / "t.jsonl")
-        other = tmp_path / "other.jsonl"
-        other.write_text(path.read_text().replace("[0, 14,", "[0, 15,"))
-        digests = {
-            play(path).digest,
-            play(path, 1_024).digest,
-            play(path, time_scale=0.5).digest,
-            play(path, max_requests=4).digest,
-            play(path, rank=0, ranks=2).digest,
-            play(path, rank=1, ranks=2).digest,
-            play(other).digest,
-        }
-        assert len(digests) == 7

@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import replace
 
-from mlpstorage.config import WriteOverflow, WriteSync
+from mlpstorage.config import Decisions, GenerationMode, WriteOverflow, WriteSync
 from mlpstorage.kvcache.write_queue import WriteGate, WriteRate
 from mlpstorage.storage.ops import OpKind
 from mlpstorage.testing.engine_bench import MS, PLAIN, EngineBench, now_ns, sleep_ms
@@ -360,3 +360,45 @@ def test_what_collects_when_the_engine_stops_stays_in_flight() -> None:
     assert bench.engine.write_queue_blocks == 2
     assert bench.recorder.total.writes_dropped == 0
     assert bench.io.finished == []
+
+
+# Decisions at arrival
+
+
+def test_with_decisions_at_arrival_a_full_queue_holds_no_request_back() -> None:
+    """Six blocks in batches of one, a queue of two, one thread of 10 ms: answered at once, written two at a time."""
+    config = replace(PLAIN, decisions=Decisions.ARRIVAL, write_queue_blocks=2, write_batch=1)
+    bench = EngineBench(config, one_writer())
+
+    async def play() -> None:
+        await bench.ask(1, 2, 3, 4, 5, 6)
+        assert now_ns() == 0
+        for _ in range(6):
+            await sleep_ms(1)
+            assert bench.engine.write_queue_blocks == min(2, 6 - now_ns() // (10 * MS))
+            await sleep_ms(9)
+        await bench.engine.settle()
+        assert now_ns() == 60 * MS
+
+    run_virtual(play())
+    assert bench.ids(OpKind.WRITE) == [1, 2, 3, 4, 5, 6]
+    assert bench.recorder.latency["queue_wait"].max_ns == 10 * MS
+    behind = bench.recorder.latency["write_behind"]
+    assert (behind.count, behind.min_ns, behind.max_ns) == (6, 10 * MS, 60 * MS)
+    assert bench.recorder.window.writes_dropped == bench.engine.write_queue_blocks == 0
+
+
+def test_with_decisions_at_arrival_blocks_are_written_as_soon_as_they_are_computed() -> None:
+    """Not after the answer, as others may wait for them already: 4 ms of prefill, then 100 ms of decode."""
+    pacing = replace(PLAIN.pacing, mode=GenerationMode.REALISTIC)
+    starts_ms = {}
+    for decisions in Decisions:
+        bench = EngineBench(replace(PLAIN, decisions=decisions, pacing=pacing))
+
+        async def play(bench: EngineBench = bench) -> None:
+            await bench.ask(1, output_tokens=11)
+            await bench.engine.settle()
+
+        run_virtual(play())
+        starts_ms[decisions] = [begun_ms for begun_ms, _ in bench.times_ms(OpKind.WRITE)]
+    assert starts_ms == {Decisions.ARRIVAL: [4], Decisions.COMPLETION: [104]}
