@@ -60,6 +60,21 @@ class Arrivals(enum.StrEnum):
     SESSION = "session"
 
 
+class Placement(enum.StrEnum):
+    """Which rank serves a request."""
+
+    SESSION = "session"
+    ROUND_ROBIN = "round-robin"
+    PREFIX = "prefix"
+
+
+class CacheScope(enum.StrEnum):
+    """Whose blocks a rank finds on storage."""
+
+    PRIVATE = "private"
+    SHARED = "shared"
+
+
 class Decisions(enum.StrEnum):
     """When it is decided what a request finds, stores and evicts."""
 

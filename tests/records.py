@@ -1,6 +1,6 @@
 """Results of ranks in which nothing happened, to be changed by tests, and their merge."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from mlpstorage.config import RunStatus
 from mlpstorage.measure.histogram import Histogram, SignedHistogram
@@ -8,7 +8,9 @@ from mlpstorage.results.merge import merge_ranks
 from mlpstorage.results.models import (
     LATENCIES,
     HistogramData,
+    IncompleteRank,
     RankClient,
+    RankClock,
     RankResult,
     RankWindow,
     RequestCounts,
@@ -31,6 +33,8 @@ NO_REQUESTS = RequestCounts(
     prompt_blocks=0,
     cached_tokens=NO_TIERS,
     hit_blocks=NO_TIERS,
+    cross_rank_tokens=0,
+    cross_rank_blocks=0,
 )
 NO_TOKENS = TtftCounts(**dict.fromkeys(TtftCounts.model_fields, 0))
 NO_STORAGE = StorageCounts(**dict.fromkeys(StorageCounts.model_fields, 0))
@@ -102,6 +106,7 @@ IDLE = RankResult(
     error=None,
     workload_digest="aa",
     operations_digest="bb",
+    clock=RankClock(offset_ns=0, offset_error_ns=0, start_late_ns=0),
     window=window(10.0),
     requests=NO_REQUESTS,
     first_tokens=NO_TOKENS,
@@ -125,8 +130,18 @@ def rank(number: int = 0, base: RankResult = IDLE, **changes: object) -> RankRes
     return base.model_copy(update={"rank": number, **changes})
 
 
-def merge(*ranks: RankResult, ttft_p95_ms_target: float = 450.0, trials: Trials | None = None) -> Summary:
+def merge(
+    *ranks: RankResult,
+    ttft_p95_ms_target: float = 450.0,
+    trials: Trials | None = None,
+    incomplete: Sequence[IncompleteRank] = (),
+) -> Summary:
     """The summary of a model with 131,072 bytes a token, in blocks of 256 tokens: 32 MiB."""
     return merge_ranks(
-        ranks, bytes_per_token=131_072, block_tokens=256, ttft_p95_ms_target=ttft_p95_ms_target, trials=trials
+        ranks,
+        bytes_per_token=131_072,
+        block_tokens=256,
+        ttft_p95_ms_target=ttft_p95_ms_target,
+        trials=trials,
+        incomplete_ranks=incomplete,
     )

@@ -4,6 +4,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,14 +21,24 @@ from mlpstorage.cluster.locality import is_local
 from mlpstorage.config import BENCHMARK_TYPES, EXIT_CODE, Layout
 from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError, UsageError
 from mlpstorage.kvcache.played import build_workload, with_settled_load
-from mlpstorage.launch.command import rank_command, rank_environment, shown
-from mlpstorage.launch.mpi import find_mpi, mpi_version
+from mlpstorage.launch.command import handed_environment, rank_command, rank_environment, ranks_on_host, shown
+from mlpstorage.launch.mpi import (
+    DEFAULT_DIALECT,
+    Dialect,
+    check_names,
+    check_root,
+    dialect_of,
+    find_mpi,
+    told_version,
+    unknown_launcher,
+    version_line,
+)
 from mlpstorage.launch.process import JobOutcome, run_job
 from mlpstorage.plan.datasize import data_sizes
 from mlpstorage.plan.kvcache import (
+    cache_place,
     check_room,
     layout,
-    rank_directory,
     sizes,
     warmup_s,
     with_automatic_sizes,
@@ -41,11 +52,10 @@ from mlpstorage.results.directory import (
     TRIALS_DIR,
     write_json_atomic,
     write_jsonl_atomic,
+    write_text_atomic,
 )
 from mlpstorage.results.merge import merge_ranks
-from mlpstorage.results.models import (
-    RankResult,
-)
+from mlpstorage.results.models import IncompleteRank, RankResult
 from mlpstorage.results.summary import (
     Summary,
     Trials,
@@ -59,6 +69,9 @@ from mlpstorage.storage.location import S3Location
 
 UNBUILT = ("enable_autoscaling", "closed")
 """Switches that a script's namespace may hold and that have nothing behind them yet: refused where they are set."""
+
+WRITERS = 16
+"""Rank files that are written at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +108,20 @@ class KVCacheBenchmark(Benchmark):
         self._words = words_of(args)
         self._summary: Summary | None = None
         self._mpi: str | None = None
+        found = self._find_dialect() if self.command == "run" and self._layout.uses_mpi else None
+        self._dialect, self._dialect_is_known = found or DEFAULT_DIALECT, found is not None
+
+    def _find_dialect(self) -> Dialect | None:
+        """Whose words the launcher understands; None where it is not there or says nothing known.
+
+        A launcher that tells its version contacts nobody.
+        """
+        try:
+            told = told_version(find_mpi(self._spec.mpi_bin))
+        except MissingFileError:
+            return None
+        self._mpi = None if told is None else version_line(told)
+        return None if told is None else dialect_of(told)
 
     @property
     def model(self) -> str:
@@ -140,7 +167,8 @@ class KVCacheBenchmark(Benchmark):
         spec = self._spec.model_copy(
             update={"cache_dir": self.cache_dir, "warmup": warmup_s(self._spec) if warmup is None else warmup}
         )
-        return rank_command(spec, self._layout, run_id=run_id)
+        handed = handed_environment(spec.mpi_bin, self._dialect) if self._layout.uses_mpi else None
+        return rank_command(spec, self._layout, run_id=run_id, dialect=self._dialect, handed=handed)
 
     def _arguments(self) -> list[str]:
         if self._words is not None:
@@ -191,7 +219,12 @@ class KVCacheBenchmark(Benchmark):
 
     def _check(self) -> None:
         if self._layout.uses_mpi:
-            self._mpi = mpi_version(find_mpi(self._spec.mpi_bin))
+            launcher = find_mpi(self._spec.mpi_bin)
+            if not self._dialect_is_known:
+                raise unknown_launcher(launcher, self._mpi)
+            check_root(self._dialect, allowed=self._spec.allow_run_as_root, environment=os.environ)
+            check_names(self._dialect, self._spec.parsed_hosts)
+            self._command(self.run_id)
         if self._spec.kvcache_bin_path is not None and not os.access(self._spec.kvcache_bin_path, os.X_OK):
             raise MissingFileError(f"--kvcache-bin-path: {self._spec.kvcache_bin_path} is no program that can be run")
         if self._spec.trace is not None:
@@ -209,6 +242,7 @@ class KVCacheBenchmark(Benchmark):
             memory_free_bytes=memory_bytes,
             space=space,
             ranks_on_host=self._layout.ranks_here,
+            ranks_on_storage=self._layout.ranks if self._spec.shares_cache else None,
         )
         self._sources.update(dict.fromkeys(_changed(self._spec, resolved), "auto"))
         self._spec = resolved
@@ -218,6 +252,7 @@ class KVCacheBenchmark(Benchmark):
             memory_free_bytes=memory_bytes,
             storage_free_bytes=None if space is None else space.free_bytes,
             ranks_on_host=self._layout.ranks_here,
+            ranks_on_storage=self._layout.ranks if self._spec.shares_cache else None,
             where=str(self.cache_dir),
         )
 
@@ -228,7 +263,8 @@ class KVCacheBenchmark(Benchmark):
         space = limited_space(self._cache_path)
         if space is None:
             return None
-        places = [rank_directory(self._cache_path, rank) for rank in range(self._layout.ranks_here)]
+        ranks = range(self._layout.ranks_here)
+        places = dict.fromkeys(cache_place(self._spec, self._cache_path, rank) for rank in ranks)
         ours_bytes = sum(leftover_bytes(place, reuse=self._spec.reuse_cache) for place in places)
         return replace(space, free_bytes=space.free_bytes + ours_bytes)
 
@@ -239,14 +275,15 @@ class KVCacheBenchmark(Benchmark):
             place = self._trial_place(len(trials))
             outcome, job = self._run_ranks(place)
             summary = None
-            if job.ranks:
-                trials.append(job.ranks)
-                summary = self._merged(job.ranks)
+            ranks, incomplete = job.ranks or job.kept(outcome), job.incomplete(self._layout.ranks)
+            if ranks:
+                trials.append(ranks)
+                summary = self._merged(ranks, incomplete)
                 summaries.append(summary)
                 if place != self.result_dir:
-                    _write_results(place, summary, job.ranks)
+                    write_results(place, summary, ranks)
             if summaries:
-                self._conclude(summaries, trials)
+                self._conclude(summaries, trials, incomplete)
             judge(outcome, job, summary)
 
     def _trial_place(self, number: int) -> Path:
@@ -259,24 +296,32 @@ class KVCacheBenchmark(Benchmark):
         self.logger.info("trial %d of %d", number + 1, self._spec.trials)
         return place
 
-    def _merged(self, ranks: Sequence[RankResult], trials: Trials | None = None) -> Summary:
+    def _merged(
+        self, ranks: Sequence[RankResult], incomplete: Sequence[IncompleteRank], trials: Trials | None = None
+    ) -> Summary:
         return merge_ranks(
             ranks,
             bytes_per_token=self._spec.bytes_per_token,
             block_tokens=sizes(self._spec).block_tokens,
             ttft_p95_ms_target=self._spec.ttft_p95_ms_target,
             trials=trials,
+            incomplete_ranks=incomplete,
         )
 
-    def _conclude(self, summaries: Sequence[Summary], trials: Sequence[Sequence[RankResult]]) -> None:
+    def _conclude(
+        self,
+        summaries: Sequence[Summary],
+        trials: Sequence[Sequence[RankResult]],
+        incomplete: Sequence[IncompleteRank],
+    ) -> None:
         """Write what all trials so far come to."""
         ranks = pooled(trials)
         if self._cluster_collector is None and not self._layout.ranks_here:
             facts = {str(rank.host_facts.get("host")): rank.host_facts for rank in ranks}
             self.cluster_information = cluster_information(list(facts.values()))
         differ = compared(summaries) if self._spec.trials > 1 else None
-        self._summary = self._merged(ranks, differ)
-        _write_results(self.result_dir, self._summary, ranks)
+        self._summary = self._merged(ranks, incomplete, differ)
+        write_results(self.result_dir, self._summary, ranks)
 
     def _run_ranks(self, place: Path) -> tuple[JobOutcome, Job]:
         """Run the ranks once, and clear away what they left in the cache directory."""
@@ -286,6 +331,7 @@ class KVCacheBenchmark(Benchmark):
             ),
             place,
             self.logger,
+            ranks_on_host=self._bounded_ranks_on_host(),
         )
         try:
             self.logger.info("results go to %s", self.result_dir)
@@ -295,6 +341,7 @@ class KVCacheBenchmark(Benchmark):
                 environment=rank_environment(),
                 stderr_path=place / LOGS_DIR / "ranks.stderr.log",
                 on_line=job.line,
+                must_end=job.must_end,
             )
         finally:
             job.close()
@@ -303,12 +350,23 @@ class KVCacheBenchmark(Benchmark):
         self._remove_own_cache_dir()
         return outcome, job
 
+    def _bounded_ranks_on_host(self) -> int | None:
+        """The most ranks of a host, where a launcher starts ours; another program tells nothing while it runs."""
+        if not self._layout.uses_mpi or self._spec.kvcache_bin_path is not None:
+            return None
+        return ranks_on_host(self._spec, self._layout)
+
     def _clear_leftovers(self) -> None:
-        """Remove what a rank that was killed had no time to remove; only where it ran on this machine."""
+        """Remove what a rank that was killed had no time to remove, where it ran on this machine, or all share it."""
         if self._spec.store_layout is Layout.NULL:
             return
-        for rank in range(self._layout.ranks_here):
-            place = rank_directory(self.cache_dir, rank)
+        shared = self._spec.shares_cache
+        ranks = self._layout.ranks_here
+        if shared:
+            # Also where its ranks ran elsewhere, but for a bucket, whose keys may be known there alone.
+            ranks = int(bool(ranks) or isinstance(self.cache_dir, Path))
+        for rank in range(ranks):
+            place = cache_place(self._spec, self.cache_dir, rank)
             try:
                 cleared = _clear(place, self.run_id)
             except MLPStorageError as error:
@@ -317,7 +375,12 @@ class KVCacheBenchmark(Benchmark):
             if cleared is None:
                 self.logger.warning("cache files of this run are left in %s, a process still holds it", place)
             elif cleared.files:
-                self.logger.warning("removed %d cache files that rank %d had left in %s", cleared.files, rank, place)
+                self.logger.warning(
+                    "removed %d cache files that %s had left in %s",
+                    cleared.files,
+                    "ranks" if shared else f"rank {rank}",
+                    place,
+                )
 
     def _remove_own_cache_dir(self) -> None:
         """Remove the cache directory below the result directory, which the ranks have left empty."""
@@ -391,13 +454,20 @@ class KVCacheBenchmark(Benchmark):
         return EXIT_CODE.SUCCESS
 
 
-def _write_results(place: Path, summary: Summary, ranks: Sequence[RankResult]) -> None:
+def write_results(place: Path, summary: Summary, ranks: Sequence[RankResult]) -> None:
+    """Write the summary, the time series of all ranks in order of time, and a file for each rank."""
     write_json_atomic(place / "summary.json", summary)
     samples = sorted((sample for rank in ranks for sample in rank.samples), key=lambda one: (one.t_s, one.rank))
     write_jsonl_atomic(place / "timeseries.jsonl", samples)
-    for rank in ranks:
-        document = rank.model_dump(mode="json", exclude={"samples"})
-        write_json_atomic(place / RANKS_DIR / f"rank_{rank.rank}.json", document)
+
+    def write(rank: RankResult) -> None:
+        text = rank.model_dump_json(indent=2, exclude={"samples"})
+        write_text_atomic(place / RANKS_DIR / f"rank_{rank.rank}.json", text + "\n")
+
+    # Each file is synced; side by side the file system does that for many at once.
+    with ThreadPoolExecutor(WRITERS) as writers:
+        for _ in writers.map(write, ranks):
+            pass
 
 
 def _clear(place: Path | S3Location, run_id: str) -> Removed | None:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
-from mlpstorage.storage.ops import Chain, Lane, OpDone, OperationSkippedError
+from mlpstorage.storage.ops import Chain, Lane, OpDone, OperationSkippedError, is_gone
 from mlpstorage.storage.payload import VerifyError
 
 
@@ -43,12 +43,14 @@ class Behind:
         blocks: The I/O.
         on_failure: Called once for every I/O that failed, but for data that was not what was written: that is counted
             where operations are counted, and ends nothing.
+        shared: Whether other ranks may delete what this one reads or deletes: that is then no failure.
     """
 
-    def __init__(self, blocks: BlockIO, on_failure: Callable[[Exception], None]) -> None:
+    def __init__(self, blocks: BlockIO, on_failure: Callable[[Exception], None], *, shared: bool = False) -> None:
         self.blocks = blocks
         self.stopping = False
         self._on_failure = on_failure
+        self._shared = shared
         self._tasks: set[asyncio.Task[None]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -65,8 +67,14 @@ class Behind:
     def report(self, finished: Sequence[OpDone]) -> None:
         """Hand on each failure."""
         for done in finished:
-            if done.error is not None and not isinstance(done.error, OperationSkippedError | VerifyError):
+            if done.error is None or isinstance(done.error, OperationSkippedError | VerifyError):
+                continue
+            if not (self._shared and is_gone(done)):
                 self._on_failure(done.error)
+
+    def failed(self, error: Exception) -> None:
+        """Hand on a failure of something that is no operation."""
+        self._on_failure(error)
 
     async def settle(self) -> None:
         """Wait until all work has ended."""

@@ -11,7 +11,7 @@ from mlpstorage.cluster.facts import FileSystemSpace, limited_space
 from mlpstorage.config import GIB, IoEngineName, Layout
 from mlpstorage.errors import ConfigurationError
 from mlpstorage.kvcache.ranks import Ranks
-from mlpstorage.plan.kvcache import Sizes, rank_directory
+from mlpstorage.plan.kvcache import Sizes, cache_place
 from mlpstorage.results.models import Reuse
 from mlpstorage.spec.kvcache import KVCacheSpec
 from mlpstorage.storage.arena import DramArena
@@ -51,8 +51,19 @@ class Removal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What an earlier run left: the blocks that are whole, the least recently written first.
+
+    `reuse` is what is reported of it; of a place that ranks share None for all but rank 0.
+    """
+
+    blocks: tuple[int, ...]
+    reuse: Reuse | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A claimed place for the objects of one rank.
+    """A claimed place for the objects of one rank, or of all.
 
     Attributes:
         claim: By which it is held.
@@ -61,6 +72,8 @@ class Place:
         keys: Names of the objects.
         space: Room of its file system; None where that is unknown (an object store, the null layout, a file system that
             tells no size).
+        reused_bytes: What objects of an earlier run take of it, that are to be reused.
+        found: What of these this rank makes room among, where ranks share the place and it was listed for all.
     """
 
     claim: Claim | None
@@ -68,14 +81,8 @@ class Place:
     objects: Path | S3Location | None
     keys: ObjectKeys
     space: FileSystemSpace | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """What an earlier run left: the blocks that are whole, the least recently written first."""
-
-    blocks: tuple[int, ...]
-    reuse: Reuse
+    reused_bytes: int = 0
+    found: Found | None = None
 
 
 def object_keys(spec: KVCacheSpec, kv_ranks: int) -> ObjectKeys:
@@ -104,7 +111,7 @@ def claim_place(spec: KVCacheSpec, planned: Sizes, run_id: str, ranks: Ranks, cl
         return Place(claim=None, removal=None, objects=None, keys=keys, space=None)
     if spec.cache_dir is None:
         raise ConfigurationError("--cache-dir: a rank needs it")
-    where = rank_directory(spec.cache_dir, ranks.rank)
+    where = cache_place(spec, spec.cache_dir, ranks.rank)
     cache_format = CacheFormat(
         layout=spec.store_layout,
         namespaces=tuple(f"{spec.model}|{kv_rank}|0" for kv_rank in range(planned.kv_ranks)),
@@ -115,6 +122,7 @@ def claim_place(spec: KVCacheSpec, planned: Sizes, run_id: str, ranks: Ranks, cl
     claim: Claim
     objects: Path | S3Location
     space: FileSystemSpace | None = None
+    reused_bytes = 0
     if isinstance(where, S3Location):
         from mlpstorage.storage.object_claim import ObjectPrefix  # noqa: PLC0415 - obstore is an optional package
 
@@ -128,12 +136,12 @@ def claim_place(spec: KVCacheSpec, planned: Sizes, run_id: str, ranks: Ranks, cl
         space = limited_space(where)
         if space is not None and directory.reused:
             # What is reused takes no new space; the other ranks on the host are taken to have as much.
-            room = object_room(directory.objects, cache_format.layout, cache_format.levels)
-            space = replace(space, free_bytes=space.free_bytes + ranks.ranks_on_host * room.bytes)
+            reused_bytes = object_room(directory.objects, cache_format.layout, cache_format.levels).bytes
+            space = replace(space, free_bytes=space.free_bytes + ranks.ranks_on_host * reused_bytes)
     cleanup.callback(claim.release)
     removal = Removal(claim)
     cleanup.callback(removal)
-    return Place(claim=claim, removal=removal, objects=objects, keys=keys, space=space)
+    return Place(claim=claim, removal=removal, objects=objects, keys=keys, space=space, reused_bytes=reused_bytes)
 
 
 def make_store(spec: KVCacheSpec, planned: Sizes, place: Place) -> BlockStore:
@@ -255,9 +263,10 @@ def place_warnings(place: Place, store: BlockStore, found: Found | None) -> Sequ
     unreserved = getattr(store, "allocation_refusal", None)
     if unreserved is not None:
         told.append(f"{unreserved}; a write may find it full")
-    if found is not None and (found.reuse.damaged_objects or found.reuse.incomplete_blocks):
+    reuse = None if found is None else found.reuse
+    if reuse is not None and (reuse.damaged_objects or reuse.incomplete_blocks):
         told.append(
-            f"left out of the reused cache in {where}: {found.reuse.damaged_objects:,} damaged objects and "
-            f"{found.reuse.incomplete_blocks:,} blocks of which a part was missing"
+            f"left out of the reused cache in {where}: {reuse.damaged_objects:,} damaged objects and "
+            f"{reuse.incomplete_blocks:,} blocks of which a part was missing"
         )
     return told

@@ -4,7 +4,7 @@ Control runs on one event loop. Every change to the tiers is made between two aw
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.first_token import FirstToken
 from mlpstorage.kvcache.index import LruSet, admit, in_touch_order, leading_run
 from mlpstorage.kvcache.operations import Operation, OperationsDigest
+from mlpstorage.kvcache.other_ranks import Existence, OtherRanks
 from mlpstorage.kvcache.recorder import Answered, Recorder
 from mlpstorage.kvcache.request import Request
 from mlpstorage.kvcache.storage_tier import StorageTier, Taken
@@ -39,6 +40,7 @@ class Loaded:
         end_ns: When the last of them ended.
         skipped: Whether what storage held was too little to be read.
         abandoned: Whether reading it took too long.
+        cross_rank: Blocks of it that another rank had written.
     """
 
     usable: Found
@@ -48,6 +50,7 @@ class Loaded:
     end_ns: int
     skipped: bool
     abandoned: bool
+    cross_rank: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,8 @@ class Load:
         copies: The copies from DRAM; None likewise.
         copied_ns: When these ended, once they have.
         skipped: Whether what storage held was too little to be read.
+        run: All blocks of the hit, in the order of the chain.
+        cross_rank: Those of them that are read and that another rank has written.
     """
 
     usable: Found
@@ -67,6 +72,8 @@ class Load:
     copies: Submitted | None
     copied_ns: list[int]
     skipped: bool
+    run: Sequence[int]
+    cross_rank: frozenset[int]
 
 
 class Engine:
@@ -80,6 +87,7 @@ class Engine:
         clock: The rank's clock.
         on_failure: Called once for every I/O that failed, but for data that was not what had been written: the recorder
             keeps those failures, the block is forgotten and deleted, and the request fails.
+        existence: Tells which blocks are on storage that other ranks write to as well; None where none does.
 
     Attributes:
         in_flight: Requests that are under way.
@@ -95,15 +103,17 @@ class Engine:
         recorder: Recorder,
         clock: Clock,
         on_failure: Callable[[Exception], None],
+        existence: Existence | None = None,
     ) -> None:
         self._config = config
         self._recorder = recorder
         self._clock = clock
-        self._behind = Behind(blocks, on_failure)
+        self._behind = Behind(blocks, on_failure, shared=existence is not None)
+        self._others = OtherRanks(existence, behind=self._behind, recorder=recorder, clock=clock)
         self._gpu = LruSet(config.gpu_blocks)
         self._dram = DramTier(config, arena, self._behind)
         self._operations = OperationsDigest()
-        self._storage = StorageTier(config, self._behind, self._operations)
+        self._storage = StorageTier(config, self._behind, self._operations, self._others)
         self._queue = WriteQueue(config, tier=self._storage, behind=self._behind, recorder=recorder, clock=clock)
         self.reuse = ReuseDistance()
         self._accelerators = Accelerators(config.pacing.compute, config.pacing.mode, clock)
@@ -146,10 +156,12 @@ class Engine:
         self.in_flight += 1
         taken: list[Taken] | None = None
         try:
+            if self._others.shared and self._config.prefix_caching:
+                await self._find_written(request.block_ids)
             found = self._look_up(request.block_ids)
             looked_up_ns = self._clock.now_ns()
             self._recorder.took("lookup", begin_ns, looked_up_ns)
-            load = self._begin_load(found)
+            load = self._begin_load(request.block_ids, found)
             if self._config.decisions is Decisions.ARRIVAL:
                 taken = self._take(request.block_ids, load.usable)
             loaded = await self._end_load(load, looked_up_ns)
@@ -229,8 +241,18 @@ class Engine:
                 hit_blocks={tier: len(ids) for tier, ids in loaded.usable.items()},
                 load_skipped=loaded.skipped,
                 load_abandoned=loaded.abandoned,
+                cross_rank_tokens=self._cross_rank_tokens(request, loaded),
+                cross_rank_blocks=len(loaded.cross_rank),
             )
         )
+
+    async def _find_written(self, block_ids: Sequence[int]) -> None:
+        """Ask which blocks behind the known leading run other ranks have written: one question a request."""
+        gpu, in_dram = self._gpu.ids, self._dram.ready
+        known = leading_run(block_ids, self._tiers)
+        if known < len(block_ids):
+            rest = block_ids[known:]
+            await self._storage.find_written(rest, {one for one in rest if one in gpu or one in in_dram})
 
     def _look_up(self, block_ids: Sequence[int]) -> Found:
         """The blocks of the longest leading run."""
@@ -238,11 +260,24 @@ class Engine:
         found: Found = {tier: [] for tier in Tier}
         if self._config.prefix_caching:
             gpu, in_dram = self._gpu.ids, self._dram.ready
-            for block_id in block_ids[: leading_run(block_ids, (gpu, in_dram, self._storage.stored))]:
+            for block_id in block_ids[: leading_run(block_ids, self._tiers)]:
                 tier = Tier.GPU if block_id in gpu else Tier.CPU if block_id in in_dram else Tier.STORAGE
                 found[tier].append(block_id)
         self._operations.add(Operation.LOOK_UP, (len(block_ids), *map(len, found.values())))
         return found
+
+    @property
+    def _tiers(self) -> tuple[Container[int], ...]:
+        """What a look-up asks, the fastest first."""
+        tiers = (self._gpu.ids, self._dram.ready, self._storage.stored)
+        return (*tiers, self._others.ids) if self._others.shared else tiers
+
+    def _cross_rank_tokens(self, request: Request, loaded: Loaded) -> int:
+        """Tokens of what another rank had written, but for the last of a prompt that was found whole."""
+        tokens = len(loaded.cross_rank) * self._config.block_tokens
+        found = sum(map(len, loaded.usable.values())) * self._config.block_tokens
+        whole = found >= request.prompt_tokens and request.block_ids[-1] in loaded.cross_rank
+        return tokens - whole
 
     def _cached_tokens(self, request: Request, usable: Found) -> dict[Tier, int]:
         """Tokens that need no prefill, by tier. The last token of a prompt is always computed, even on a full hit."""
@@ -253,7 +288,7 @@ class Engine:
             tokens[tier] -= 1
         return tokens
 
-    def _begin_load(self, found: Found) -> Load:
+    def _begin_load(self, block_ids: Sequence[int], found: Found) -> Load:
         """Begin to read and copy the blocks of a hit, in parallel; not what storage holds where that is too little."""
         tokens = len(found[Tier.STORAGE]) * self._config.block_tokens
         skipped = 0 < tokens <= self._config.min_load_tokens
@@ -263,7 +298,16 @@ class Engine:
         copied_ns: list[int] = []
         if copies is not None:
             copies.finished.add_done_callback(lambda _: copied_ns.append(self._clock.now_ns()))
-        return Load(usable=usable, reads=reads, copies=copies, copied_ns=copied_ns, skipped=skipped)
+        others = self._others.ids
+        return Load(
+            run=block_ids[: sum(map(len, found.values()))],
+            cross_rank=frozenset(one for one in usable[Tier.STORAGE] if one in others) if others else frozenset(),
+            usable=usable,
+            reads=reads,
+            copies=copies,
+            copied_ns=copied_ns,
+            skipped=skipped,
+        )
 
     async def _end_load(self, load: Load, begin_ns: int) -> Loaded | None:
         """Wait for a load; None where any of it failed. What takes too long to read is computed instead."""
@@ -274,19 +318,25 @@ class Engine:
         if copies is not None:
             await asyncio.wait({copies.finished})
         needed = [batch for batch in (None if abandoned else reads, copies) if batch is not None]
-        if any(done.error is not None for batch in needed for done in batch.finished.result()):
+        lost = _lost(load, set() if abandoned or reads is None else self._storage.gone(reads.finished.result()))
+        ended = [done for batch in needed for done in batch.finished.result()]
+        if any(one.error is not None and one.op.object_id // self._config.kv_ranks not in lost for one in ended):
             return None
+        if abandoned:
+            lost.update(usable[Tier.STORAGE])
+        usable = _without(usable, lost)
         end_ns = read_ns if copies is None else self._clock.now_ns()
         if reads is not None or copies is not None:
             self._recorder.took("request_load", begin_ns, end_ns)
         return Loaded(
-            usable={**usable, Tier.STORAGE: []} if abandoned else usable,
+            usable=usable,
             storage_ns=read_ns - begin_ns,
             dram_ns=end_ns - read_ns,
             copies_ns=load.copied_ns[0] - begin_ns if load.copied_ns else 0,
             end_ns=end_ns,
             skipped=load.skipped,
             abandoned=abandoned,
+            cross_rank=[one for one in usable[Tier.STORAGE] if one in load.cross_rank],
         )
 
     async def _in_time(self, reads: Submitted, tokens: int) -> bool:
@@ -357,3 +407,14 @@ class Engine:
         used_before = [block_id for block_id in missing if self._storage.used_before(block_id)]
         self._recorder.deferred(self._clock.now_ns(), len(missing) - len(used_before))
         return used_before
+
+
+def _lost(load: Load, gone: Collection[int]) -> set[int]:
+    """What of a hit cannot be used where some of its blocks are gone: the first of them, and all behind it."""
+    first = next((place for place, block_id in enumerate(load.run) if block_id in gone), len(load.run))
+    return set(load.run[first:])
+
+
+def _without(found: Found, lost: Collection[int]) -> Found:
+    """What was found but for what was lost."""
+    return {tier: [one for one in ids if one not in lost] for tier, ids in found.items()} if lost else found

@@ -31,6 +31,47 @@ class Refused(Record):
     message: str
 
 
+class StartedRank(Record):
+    """Where a rank runs: its host's own name, and its process there."""
+
+    rank: int
+    host: str
+    pid: int
+
+
+class Started(Record):
+    """Every rank has started, and has the same version of this package."""
+
+    type: Literal["started"] = "started"
+    version: str
+    ranks: tuple[StartedRank, ...]
+
+
+class Snapshot(Record):
+    """What a rank has measured so far, or in all: kept where the job ends without its `Finished`.
+
+    The result has no samples: those were told as they came.
+    """
+
+    type: Literal["snapshot"] = "snapshot"
+    result: RankResult
+
+
+class SilentRank(Record):
+    """A rank that has not been heard of for so many seconds."""
+
+    rank: int
+    host: str
+    silent_s: float
+
+
+class Silent(Record):
+    """Ranks that hang: the run ends here, by the rank that noticed."""
+
+    type: Literal["silent"] = "silent"
+    ranks: tuple[SilentRank, ...]
+
+
 class Finished(Record):
     """What every rank measured, complete or not."""
 
@@ -38,7 +79,7 @@ class Finished(Record):
     ranks: tuple[RankResult, ...]
 
 
-Event = Progress | Warned | Refused | Finished
+Event = Started | Progress | Warned | Refused | Snapshot | Silent | Finished
 
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
 
@@ -59,18 +100,28 @@ class EventWriter:
     """
 
     def __init__(self, *, speaks: bool) -> None:
-        self._stream: IO[str] | None = sys.stdout if speaks else None
+        self._stdout = sys.stdout
+        self._stream: IO[str] | None = self._stdout if speaks else None
         sys.stdout = sys.stderr
 
     def send(self, event: Event) -> None:
         """Write one event. Where nobody reads any more, the launcher is gone and its end is on its way."""
+        if self._stream is not None:
+            self.line(event.model_dump_json())
+
+    def line(self, text: str) -> None:
+        """Write an event that is JSON already, of another rank perhaps."""
         if self._stream is None:
             return
         try:
-            self._stream.write(event.model_dump_json() + "\n")
+            self._stream.write(text + "\n")
             self._stream.flush()
         except BrokenPipeError:
             self._stream = None
+
+    def speak(self) -> None:
+        """Write from now on: rank 0 hangs, and somebody must say so."""
+        self._stream = self._stream or self._stdout
 
     def warn(self, messages: Sequence[str]) -> None:
         """Write warnings."""

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import enum
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from mlpstorage.errors import MLPStorageError, RunError, RunTimeoutError
@@ -13,14 +13,17 @@ from mlpstorage.kvcache.block_io import BlockIO
 from mlpstorage.kvcache.dram_tier import SlotArena
 from mlpstorage.kvcache.engine import Engine
 from mlpstorage.kvcache.engine_config import EngineConfig
+from mlpstorage.kvcache.other_ranks import Existence
 from mlpstorage.kvcache.recorder import Recorder
-from mlpstorage.kvcache.sampler import Sampler
+from mlpstorage.kvcache.sampler import SAMPLE_NS, Sampler
 from mlpstorage.kvcache.sending import send
 from mlpstorage.kvcache.steadiness import Steadiness
+from mlpstorage.kvcache.together import Meet, Meeting, alone
+from mlpstorage.kvcache.window import DropPageCache, PageCache, Window
 from mlpstorage.kvcache.workload import Workload
 from mlpstorage.measure.clock import NS, Clock
 from mlpstorage.measure.histogram import Histogram
-from mlpstorage.measure.process import cpu_s, thread_waits_ns, waited_s
+from mlpstorage.measure.process import ProcessorMeter
 from mlpstorage.measure.reuse import ReuseDistance
 from mlpstorage.results.models import Sample
 from mlpstorage.storage.ops import OpDone
@@ -31,13 +34,13 @@ LAG_PROBE_NS = 5_000_000
 DRAIN_LIMIT_S = 30.0
 """I/O that was running at the window's end and has not returned after this long is given up: the storage hangs."""
 
+SNAPSHOT_NS = 3 * NS
+"""Distance of two snapshots; the first is taken with the first line of the time series."""
+
 INTERRUPTED_DRAIN_LIMIT_S = 2.0
 """The same after Ctrl-C or SIGTERM."""
 
 MS = NS // 1000
-
-DropPageCache = Callable[[Sequence[int]], Awaitable[int | None]]
-"""Has the system forget cached pages of objects; see `storage.base.BlockStore.drop_page_cache`."""
 
 
 class DrainableIO(BlockIO, Protocol):
@@ -80,14 +83,16 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """What came of a rank's run; times in nanoseconds.
+    """What came of a rank's run, or a snapshot of it; times in nanoseconds.
 
     Attributes:
         ending: Why the window ended; `FAILED` also where all of it was played and data was wrong.
         error: Why the run failed; None where it did not.
         started_unix_s: Wall-clock time at which the window began, or would have.
+        late_ns: How much later than at the agreed moment this rank really began.
         warmup_ns: True length of the warm-up.
         warmup_steady: Whether the hit ratio was steady at its end; None where that was not waited for.
+        measured_ns: True length of the window; of a snapshot, as far as it is over.
         drain_ns: Time from the window's end until nothing was running any more.
         in_flight_at_end: Requests without an answer at the window's end.
         cpu_s: Processor time of this process inside the window.
@@ -106,8 +111,10 @@ class Played:
     ending: Ending
     error: MLPStorageError | None
     started_unix_s: float
+    late_ns: int
     warmup_ns: int
     warmup_steady: bool | None
+    measured_ns: int
     drain_ns: int
     in_flight_at_end: int
     cpu_s: float
@@ -131,6 +138,7 @@ class Stop:
         self._reached = asyncio.Event()
         self.ending: Ending | None = None
         self.error: MLPStorageError | None = None
+        self.reason = ""
 
     def fail(self, error: Exception) -> None:
         """An I/O failed: the run ends orderly."""
@@ -138,9 +146,10 @@ class Stop:
             self.error = error if isinstance(error, MLPStorageError) else RunError(f"an I/O failed: {error}")
             self._end(Ending.FAILED)
 
-    def interrupt(self) -> None:
-        """The user or the system asked for the end."""
+    def interrupt(self, reason: str = "interrupted by a signal") -> None:
+        """The user, the system or another rank asked for the end."""
         if self.ending is None:
+            self.reason = reason
             self._end(Ending.INTERRUPTED)
 
     async def wait(self) -> None:
@@ -167,6 +176,9 @@ async def play(
     on_sample: Callable[[Sample], None],
     reused: Sequence[int] = (),
     drop_page_cache: DropPageCache | None = None,
+    meet: Meet | None = None,
+    on_snapshot: Callable[[Played], None] | None = None,
+    existence: Existence | None = None,
 ) -> Played:
     """Play a workload through warm-up and window, then drain.
 
@@ -187,25 +199,47 @@ async def play(
         drop_page_cache: Called with the ids of the objects on storage at the end of the warm-up, and, where blocks are
             reused, before the start; returns the bytes dropped, None if unknown. The window begins when it has
             returned. An `OSError` of it fails the run. None where nothing is cached.
+        meet: Agrees with other ranks on when to begin, and on when the window begins where that is not known from the
+            start. None for a rank alone, which begins as soon as it is ready.
+        on_snapshot: Called every few seconds with what came of the run so far, without its samples.
+        existence: Tells which blocks are on storage that other ranks write to as well; None where none does.
     """
+    meet = meet or alone(clock)
     recorder = Recorder(
         object_bytes=config.object_bytes,
         stored_bytes=stored_bytes,
         ttft_target_ns=round(ttft_target_ms * MS),
+        shared=existence is not None,
     )
     blocks = open_io(recorder.operations)
-    engine = Engine(config, blocks=blocks, arena=arena, recorder=recorder, clock=clock, on_failure=stop.fail)
-    cache = None if drop_page_cache is None else _PageCache(drop_page_cache, engine)
+    engine = Engine(
+        config,
+        blocks=blocks,
+        arena=arena,
+        recorder=recorder,
+        clock=clock,
+        on_failure=stop.fail,
+        existence=existence,
+    )
+    cache = None if drop_page_cache is None else PageCache(drop_page_cache, engine)
     stopped = asyncio.create_task(stop.wait())
     if reused:
         await _reuse(engine, reused, cache, stop, stopped)
-    begin_ns = clock.now_ns()
-    begin_unix_s = time.time()
-    if cache is None and not timing.until_steady:
+    meeting = asyncio.create_task(meet(cache is None))
+    begin = Meeting(everyone=True, moment_ns=clock.now_ns())
+    if await _ends_first(meeting, stopped):
+        begin = meeting.result()
+    begin_ns = begin.moment_ns
+    window_known = begin.everyone and not timing.until_steady
+    if window_known:
         # Now, so that what ends with the window's first moment is inside, however late the loop is then.
         recorder.open((begin_ns + timing.warmup_ns, begin_ns + timing.warmup_ns + timing.duration_ns))
+    await _ends_first(asyncio.create_task(clock.sleep_until(begin_ns)), stopped)
+    began_ns = clock.now_ns()
+    begin_ns = min(begin_ns, began_ns)  # where it was stopped before
+    begin_unix_s = time.time() - (began_ns - begin_ns) / NS
     lag = Histogram()
-    meter = _ProcessorMeter()
+    meter = ProcessorMeter()
     sampler = Sampler(
         rank=rank,
         engine=engine,
@@ -215,14 +249,57 @@ async def play(
         block_bytes=stored_bytes * config.kv_ranks,
         on_sample=on_sample,
     )
-    source = asyncio.create_task(send(workload, engine, config.pacing, clock, begin_ns))
     steady = Steadiness() if timing.until_steady else None
-    window_over = asyncio.create_task(_window(begin_ns, timing, clock, recorder, meter, cache, steady))
+
+    def so_far(ending: Ending, error: MLPStorageError | None, *, end_ns: int, drain_ns: int) -> Played:
+        warmup_ns = (end_ns if recorder.start_ns is None else min(recorder.start_ns, end_ns)) - begin_ns
+        return Played(
+            ending=ending,
+            error=error,
+            started_unix_s=begin_unix_s + (max(warmup_ns, timing.warmup_ns) if window_known else warmup_ns) / NS,
+            late_ns=began_ns - begin_ns,
+            warmup_ns=warmup_ns,
+            warmup_steady=None if steady is None else steady.seen,
+            measured_ns=recorder.measured_until(end_ns),
+            drain_ns=drain_ns,
+            in_flight_at_end=engine.in_flight,
+            cpu_s=meter.cpu_s,
+            cpu_wait_s=meter.wait_s,
+            payload_cpu_s=recorder.payload_ns / NS,
+            loop_lag=lag,
+            recorder=recorder,
+            operations_digest=engine.operations_digest,
+            reuse=engine.reuse,
+            samples=(),
+            failures=tuple(recorder.failures),
+            verify_failures=recorder.verify_failures,
+            dropped_page_cache_bytes=None if cache is None else cache.dropped_bytes,
+            hung=False,
+        )
+
+    def snapshot() -> None:
+        if on_snapshot is not None:
+            meter.read()
+            on_snapshot(so_far(Ending.TIME, None, end_ns=clock.now_ns(), drain_ns=0))
+
+    source = asyncio.create_task(send(workload, engine, config.pacing, clock, begin_ns))
+    window = Window(
+        warmup_ns=timing.warmup_ns,
+        duration_ns=timing.duration_ns,
+        clock=clock,
+        recorder=recorder,
+        meter=meter,
+        cache=cache,
+        steady=steady,
+        meet=meet,
+    )
+    window_over = asyncio.create_task(window.over(begin_ns, known=window_known))
     async with _running(sampler.run(), _probe_lag(clock, recorder, lag)):
-        await asyncio.wait({source, window_over, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        async with _running(_snapshots(clock, begin_ns, snapshot)):
+            await asyncio.wait({source, window_over, stopped}, return_when=asyncio.FIRST_COMPLETED)
         end_ns = clock.now_ns()
         recorder.close(end_ns)
-        cpu_s, cpu_wait_s = meter.used()
+        meter.read()
         for task in (source, window_over):
             if task.done() and not task.cancelled() and task.exception() is not None:
                 stop.fail(_as_failure(task.exception()))
@@ -234,32 +311,34 @@ async def play(
         blocks.cancel_queued()
         hung = not await _drained(engine, blocks, timing, ending, stop)
     error = stop.error or _wrong_data(recorder)
-    warmup_ns = (end_ns if recorder.start_ns is None else min(recorder.start_ns, end_ns)) - begin_ns
-    return Played(
-        ending=Ending.FAILED if error is not None else ending,
-        error=error,
-        started_unix_s=begin_unix_s + (warmup_ns if steady else max(warmup_ns, timing.warmup_ns)) / NS,
-        warmup_ns=warmup_ns,
-        warmup_steady=None if steady is None else steady.seen,
-        drain_ns=clock.now_ns() - end_ns,
+    return replace(
+        so_far(Ending.FAILED if error is not None else ending, error, end_ns=end_ns, drain_ns=clock.now_ns() - end_ns),
         in_flight_at_end=in_flight,
-        cpu_s=cpu_s,
-        cpu_wait_s=cpu_wait_s,
-        payload_cpu_s=recorder.payload_ns / NS,
-        loop_lag=lag,
-        recorder=recorder,
-        operations_digest=engine.operations_digest,
-        reuse=engine.reuse,
         samples=tuple(sampler.samples),
-        failures=tuple(recorder.failures),
-        verify_failures=recorder.verify_failures,
-        dropped_page_cache_bytes=None if cache is None else cache.dropped_bytes,
         hung=hung,
     )
 
 
+async def _ends_first(task: asyncio.Task[Any], stopped: asyncio.Task[None]) -> bool:
+    """Whether the task ended before the run was stopped; where not, it is cancelled."""
+    await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        await _end(task)
+        return False
+    return True
+
+
+async def _snapshots(clock: Clock, begin_ns: int, snapshot: Callable[[], None]) -> None:
+    """Take snapshots until cancelled."""
+    due_ns = begin_ns + SAMPLE_NS
+    while True:
+        await clock.sleep_until(due_ns)
+        snapshot()
+        due_ns += SNAPSHOT_NS
+
+
 async def _reuse(
-    engine: Engine, reused: Sequence[int], cache: "_PageCache | None", stop: Stop, stopped: asyncio.Task[None]
+    engine: Engine, reused: Sequence[int], cache: PageCache | None, stop: Stop, stopped: asyncio.Task[None]
 ) -> None:
     """Begin with what an earlier run left on storage; return when that is ready, or the run is stopped."""
 
@@ -276,31 +355,7 @@ async def _reuse(
     readying.cancel()
 
 
-async def _window(
-    begin_ns: int,
-    timing: Timing,
-    clock: Clock,
-    recorder: Recorder,
-    meter: "_ProcessorMeter",
-    cache: "_PageCache | None",
-    steady: Steadiness | None,
-) -> None:
-    """Return when the measured window is over. It begins when the warm-up is over and what is cached is dropped."""
-    start_ns = begin_ns + timing.warmup_ns
-    if steady is None:
-        await clock.sleep_until(start_ns)
-    else:
-        await steady.reached(recorder, clock, begin_ns, start_ns)
-    if cache is not None or steady is not None:
-        if cache is not None:
-            await cache.drop()
-        start_ns = clock.now_ns()
-        recorder.open((start_ns, start_ns + timing.duration_ns))
-    meter.start()
-    await clock.sleep_until(start_ns + timing.duration_ns)
-
-
-async def _end(*tasks: asyncio.Task[None]) -> None:
+async def _end(*tasks: asyncio.Task[Any]) -> None:
     """Cancel tasks and wait until they have ended."""
     for task in tasks:
         task.cancel()
@@ -358,43 +413,3 @@ async def _probe_lag(clock: Clock, recorder: Recorder, lag: Histogram) -> None:
         now_ns = clock.now_ns()
         if recorder.inside(now_ns):
             lag.record(now_ns - due_ns)
-
-
-class _ProcessorMeter:
-    """Processor time of this process inside the window, and how long its threads waited for processors."""
-
-    def __init__(self) -> None:
-        self._started = False
-        self._cpu_s = 0.0
-        self._waits_ns: dict[int, int] | None = None
-
-    def start(self) -> None:
-        """The window begins."""
-        self._started = True
-        self._cpu_s = cpu_s()
-        self._waits_ns = thread_waits_ns()
-
-    def used(self) -> tuple[float, float | None]:
-        """Seconds used and waited since the window began, 0 where it did not; None where the kernel does not tell."""
-        if not self._started:
-            return 0.0, 0.0
-        return cpu_s() - self._cpu_s, waited_s(self._waits_ns, thread_waits_ns())
-
-
-class _PageCache:
-    """Has the page cache forget the objects on storage, and adds up what it dropped."""
-
-    def __init__(self, drop: DropPageCache, engine: Engine) -> None:
-        self._drop = drop
-        self._engine = engine
-        self._dropped: list[int | None] = []
-
-    async def drop(self) -> None:
-        """Drop what is there now; return when that is done."""
-        self._dropped.append(await self._drop(self._engine.stored_objects()))
-
-    @property
-    def dropped_bytes(self) -> int | None:
-        """Bytes dropped; None where that is unknown, or nothing was dropped yet."""
-        known = [dropped for dropped in self._dropped if dropped is not None]
-        return sum(known) if known and len(known) == len(self._dropped) else None

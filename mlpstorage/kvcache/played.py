@@ -1,9 +1,18 @@
 """From a spec to what a rank plays."""
 
-from mlpstorage.config import Arrivals, Decisions
+from functools import partial
+
+from mlpstorage.config import Arrivals, Decisions, Placement
 from mlpstorage.kvcache.synthetic import Mix
 from mlpstorage.kvcache.traces import Trace, open_trace
-from mlpstorage.kvcache.workload import TracePlay, Workload, trace_workload, user_arrivals, user_workload
+from mlpstorage.kvcache.workload import (
+    TracePlay,
+    Workload,
+    dealt_arrivals,
+    trace_workload,
+    user_arrivals,
+    user_workload,
+)
 from mlpstorage.spec.kvcache import KVCacheSpec
 from mlpstorage.spec.workload import DEFAULT_BLOCK_TOKENS
 
@@ -49,15 +58,25 @@ def build_workload(spec: KVCacheSpec, rank: int, ranks: int) -> Workload:
             max_requests=spec.max_requests,
             seed=spec.seed,
             users=spec.num_users,
+            placement=spec.placement,
         )
         return trace_workload(open_trace(spec.trace, spec.trace_format), play, rank=rank, ranks=ranks)
     mix = Mix(weights=spec.mix, rag_num_docs=spec.rag_num_docs)
-    multi_turn, seed = not spec.disable_multi_turn, spec.seed + rank
+    multi_turn = not spec.disable_multi_turn
     if spec.request_rate is None:
-        return user_workload(mix, spec.num_users, seed, spec.block_tokens, multi_turn=multi_turn)
+        return user_workload(mix, spec.num_users, spec.seed + rank, spec.block_tokens, multi_turn=multi_turn)
     # Independent Poisson processes of a rank each are one of all ranks together.
-    rate_per_s = spec.request_rate / ranks
-    return user_arrivals(mix, spec.num_users, seed, spec.block_tokens, rate_per_s=rate_per_s, multi_turn=multi_turn)
+    arrivals = partial(
+        user_arrivals,
+        mix,
+        spec.num_users,
+        block_tokens=spec.block_tokens,
+        rate_per_s=spec.request_rate / ranks,
+        multi_turn=multi_turn,
+    )
+    if spec.placement is Placement.SESSION or ranks == 1:
+        return arrivals(seed=spec.seed + rank)
+    return dealt_arrivals([arrivals(seed=spec.seed + number) for number in range(ranks)], rank)
 
 
 def _arrivals(spec: KVCacheSpec, trace: Trace | None) -> Arrivals:

@@ -38,6 +38,16 @@ class Signals:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._arrived)
 
+    def resume(self) -> None:
+        """Have signals raise again, after ranks did something together, which none may break into.
+
+        Raises:
+            InterruptedRunError: One has come meanwhile.
+        """
+        if self.seen:
+            raise InterruptedRunError("stopped by a signal before the run began")
+        self.preparing = True
+
     def _arrived(self, number: int, _frame: FrameType | None) -> None:
         self.seen = True
         if self.preparing:

@@ -6,19 +6,21 @@ It claims its directory, plays its share of the workload, tells the launcher thr
 import argparse
 import asyncio
 import contextlib
-import errno
 import os
 import resource
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from mlpstorage import __version__
 from mlpstorage.cli.options import add_options
 from mlpstorage.cluster.facts import available_memory_bytes, host_facts
 from mlpstorage.config import EXIT_CODE, Layout, RunStatus, Verify
-from mlpstorage.errors import AccessError, ConfigurationError, MLPStorageError
+from mlpstorage.errors import ConfigurationError, MLPStorageError
 from mlpstorage.kvcache.cache import (
     Flushable,
     Found,
@@ -30,14 +32,17 @@ from mlpstorage.kvcache.cache import (
     place_warnings,
 )
 from mlpstorage.kvcache.engine_config import EngineConfig
-from mlpstorage.kvcache.events import EventWriter, Finished, Progress, Refused
+from mlpstorage.kvcache.events import EventWriter, Progress, Refused, Snapshot, Started, StartedRank
+from mlpstorage.kvcache.existence import ExistenceThreads
 from mlpstorage.kvcache.pacing import Pacing
 from mlpstorage.kvcache.play import DRAIN_LIMIT_S, Ending, Played, Stop, Timing, play
 from mlpstorage.kvcache.played import build_workload
 from mlpstorage.kvcache.process import Signals, die_with_parent, in_daemon
-from mlpstorage.kvcache.ranks import Ranks, find_ranks
+from mlpstorage.kvcache.ranks import ClockOffset, Ranks, find_ranks
 from mlpstorage.kvcache.recorder import counts
+from mlpstorage.kvcache.shared_place import SharedPlace, as_refusal, join_place, part_of, share_place
 from mlpstorage.kvcache.threaded_io import ThreadedIO
+from mlpstorage.kvcache.together import WAIT_LIMIT_S, Together
 from mlpstorage.kvcache.workload import Workload
 from mlpstorage.measure.clock import NS, MonotonicClock
 from mlpstorage.plan.compute import compute_model
@@ -45,6 +50,7 @@ from mlpstorage.plan.kvcache import Sizes, check_room, sizes, warmup_s, with_aut
 from mlpstorage.results.models import (
     HistogramData,
     RankClient,
+    RankClock,
     RankError,
     RankResult,
     RankWindow,
@@ -68,6 +74,9 @@ SWITCH_INTERVAL_S = 0.0005
 DRAIN_MARGIN_S = 5.0
 """Longer than an object store is tried again we wait so much for the answer."""
 
+EXIT_LIMIT_S = 20
+"""Longest end of MPI itself."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
@@ -82,6 +91,7 @@ class Prepared:
     found: Found | None
     arena: DramArena
     io_engine: IoEngine
+    existence: ExistenceThreads | None
     warnings: tuple[str, ...]
 
 
@@ -89,29 +99,73 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank; returns its exit code."""
     die_with_parent()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    spec, run_id = parse_arguments(sys.argv[1:] if argv is None else argv)
-    ranks = find_ranks()
+    try:
+        ranks = find_ranks()
+    except ConfigurationError as mismatch:
+        EventWriter(speaks=True).send(Refused(exit_code=int(mismatch.exit_code), message=str(mismatch)))
+        return mismatch.exit_code
     writer = EventWriter(speaks=ranks.rank == 0)
+    if not _introduce(ranks, writer):
+        ranks.barrier()
+        return EXIT_CODE.CONFIGURATION
+    spec, run_id = parse_arguments(sys.argv[1:] if argv is None else argv)
     signals = Signals()
-    with contextlib.ExitStack() as cleanup:
-        prepared, error = _try_to_prepare(spec, run_id, ranks, cleanup, signals)
-        exit_code = _agree(ranks, prepared, error, writer)
+    with contextlib.ExitStack() as held, contextlib.ExitStack() as cleanup:
+        with _bounded(ranks):
+            shared, error = share_place(spec, run_id, ranks, held, signals)
+            prepared = None
+            if error is None and not (shared is None and spec.shares_cache):
+                prepared, error = _try_to_prepare(spec, run_id, ranks, cleanup, signals, shared)
+            exit_code = _agree(ranks, prepared, error, writer)
         if exit_code is None:
             assert prepared is not None, "every rank is prepared where none refused"
             if prepared.place.removal is not None:
                 prepared.place.removal.run_begins(keep=spec.keep_cache)
-            ranks.barrier()
             result, hung = asyncio.run(_run(prepared, run_id, ranks, writer, signals))
-            gathered = ranks.gather(result)
-            if gathered is not None:
-                writer.send(Finished(ranks=tuple(gathered)))
             exit_code = EXIT_CODE.SUCCESS if result.error is None else EXIT_CODE(result.error.exit_code)
             if hung:
                 # A thread hangs in the kernel and cannot be joined; the next run on the directory clears the files.
                 os._exit(exit_code)
     # Under mpi4py a rank that ends with an error ends all others: they must have removed their files.
-    ranks.barrier()
+    with _bounded(ranks):
+        ranks.barrier()
+    if ranks.size > 1:
+        # MPI's own end waits for the others, too.
+        signal.alarm(EXIT_LIMIT_S)
     return exit_code
+
+
+@contextlib.contextmanager
+def _bounded(ranks: Ranks) -> Iterator[None]:
+    """End all ranks of this host where it takes too long: another host is gone, and MPI would wait for ever."""
+    limit = threading.Timer(WAIT_LIMIT_S, ranks.abort, (int(EXIT_CODE.TIMEOUT),))
+    limit.daemon = True
+    if ranks.size > 1:
+        limit.start()
+    try:
+        yield
+    finally:
+        limit.cancel()
+
+
+def _introduce(ranks: Ranks, writer: EventWriter) -> bool:
+    """Whether all ranks have the same version of this package; rank 0 tells who they are, or who differs.
+
+    It comes before all that another version may do otherwise, and exchanges what every version understands.
+    """
+    told = ranks.allgather((__version__, os.uname().nodename, os.getpid()))
+    version, first_host, _ = told[0]
+    for number, (other, host, _) in enumerate(told):
+        if other != version:
+            message = (
+                f"rank {number} on {host} has mlpstorage {other}, rank 0 on {first_host} has {version}; nothing was "
+                "begun. Install the same version on every host"
+            )
+            writer.send(Refused(exit_code=int(EXIT_CODE.CONFIGURATION), message=message))
+            return False
+    started = (StartedRank(rank=number, host=host, pid=pid) for number, (_, host, pid) in enumerate(told))
+    writer.send(Started(version=version, ranks=tuple(started)))
+    return True
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[KVCacheSpec, str]:
@@ -124,41 +178,59 @@ def parse_arguments(argv: Sequence[str]) -> tuple[KVCacheSpec, str]:
 
 
 def _try_to_prepare(
-    spec: KVCacheSpec, run_id: str, ranks: Ranks, cleanup: contextlib.ExitStack, signals: Signals
+    spec: KVCacheSpec,
+    run_id: str,
+    ranks: Ranks,
+    cleanup: contextlib.ExitStack,
+    signals: Signals,
+    shared: Place | SharedPlace | None,
 ) -> tuple[Prepared | None, MLPStorageError | None]:
     try:
-        prepared = _prepare(spec, run_id, ranks, cleanup)
+        prepared = _prepare(spec, run_id, ranks, cleanup, shared)
         signals.preparing = False
     except MLPStorageError as error:
         signals.preparing = False
         return None, error
     except OSError as error:
         signals.preparing = False
-        return None, _as_refusal(error)
+        return None, as_refusal(error)
     return prepared, None
 
 
-def _as_refusal(error: OSError) -> MLPStorageError:
-    """The system's error as the user's."""
-    kind = AccessError if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS} else ConfigurationError
-    where = f"{error.filename}: " if error.filename else ""
-    return kind(f"{where}{error.strerror or error}; choose a place that can be used with --cache-dir")
-
-
-def _prepare(spec: KVCacheSpec, run_id: str, ranks: Ranks, cleanup: contextlib.ExitStack) -> Prepared:
-    """Check the host, claim the place and make everything ready; `cleanup` takes it back."""
+def _prepare(
+    spec: KVCacheSpec,
+    run_id: str,
+    ranks: Ranks,
+    cleanup: contextlib.ExitStack,
+    shared: Place | SharedPlace | None,
+) -> Prepared:
+    """Check the host, claim the place unless all share one, and make everything ready; `cleanup` takes it back."""
     workload = build_workload(spec, ranks.rank, ranks.size)
-    place = claim_place(spec, sizes(spec), run_id, ranks, cleanup)
+    match shared:
+        case None:
+            place = claim_place(spec, sizes(spec), run_id, ranks, cleanup)
+        case Place():
+            place = shared
+        case _:
+            place = join_place(spec, sizes(spec), run_id, shared)
     spec, planned = _fitted(spec, place, ranks)
     store = make_store(spec, planned, place)
     store.open()
     cleanup.callback(store.close)
     if spec.keep_cache and isinstance(store, Flushable):
         cleanup.callback(store.flush)
-    found = find_blocks(store, place.keys) if place.claim is not None and place.claim.reused else None
+    if shared is not None:
+        found = part_of(shared.found, ranks)
+    else:
+        found = find_blocks(store, place.keys) if place.claim is not None and place.claim.reused else None
+    existence = None
+    if shared is not None and ranks.size > 1:
+        existence = ExistenceThreads(store, planned.kv_ranks)
+        existence.start()
+        cleanup.callback(existence.close)
     arena = DramArena(planned.cpu_blocks or 0, planned.stored_block_bytes)
     cleanup.callback(arena.close)
-    writes = None if spec.verify is Verify.OFF else WriteNumbers()
+    writes = None if spec.verify is Verify.OFF else WriteNumbers(shared=existence is not None)
     payload = Payload(place.keys, planned.stored_bytes, spec.verify, buffers=spec.depth, writes=writes)
     io_engine = make_engine(spec, store, payload, arena)
     io_engine.start()
@@ -173,6 +245,7 @@ def _prepare(spec: KVCacheSpec, run_id: str, ranks: Ranks, cleanup: contextlib.E
         found=found,
         arena=arena,
         io_engine=io_engine,
+        existence=existence,
         warnings=tuple(place_warnings(place, store, found)),
     )
 
@@ -180,11 +253,13 @@ def _prepare(spec: KVCacheSpec, run_id: str, ranks: Ranks, cleanup: contextlib.E
 def _fitted(spec: KVCacheSpec, place: Place, ranks: Ranks) -> tuple[KVCacheSpec, Sizes]:
     """The spec with every size worked out for this host, and the sizes that follow; refused where they do not fit."""
     memory_bytes = available_memory_bytes()
+    ranks_on_storage = ranks.size if spec.shares_cache else None
     spec = with_automatic_sizes(
         spec,
         memory_free_bytes=memory_bytes,
         space=place.space,
         ranks_on_host=ranks.ranks_on_host,
+        ranks_on_storage=ranks_on_storage,
     )
     planned = sizes(spec)
     check_room(
@@ -193,6 +268,7 @@ def _fitted(spec: KVCacheSpec, place: Place, ranks: Ranks) -> tuple[KVCacheSpec,
         memory_free_bytes=memory_bytes,
         storage_free_bytes=None if place.space is None else place.space.free_bytes,
         ranks_on_host=ranks.ranks_on_host,
+        ranks_on_storage=ranks_on_storage,
         where="" if place.claim is None else place.claim.place,
     )
     return spec, planned
@@ -205,8 +281,8 @@ def _agree(
     host = os.uname().nodename
     mine = None if error is None else (int(error.exit_code), str(error), host)
     told = ranks.allgather((mine, () if prepared is None else prepared.warnings))
-    for _, warnings in told:
-        writer.warn(warnings)
+    # What ranks that share a place all found wrong with it is told once.
+    writer.warn(tuple(dict.fromkeys(one for _, warnings in told for one in warnings)))
     for number, (problem, _) in enumerate(told):
         if problem is not None:
             exit_code, message, where = problem
@@ -223,19 +299,44 @@ def _agree(
 async def _run(
     prepared: Prepared, run_id: str, ranks: Ranks, writer: EventWriter, signals: Signals
 ) -> tuple[RankResult, bool]:
-    """Play; returns what was measured, and whether the storage hangs."""
-    spec, planned = prepared.spec, prepared.planned
+    """Play with all other ranks; returns what this one measured, and whether its storage hangs."""
     stop = Stop()
     loop = asyncio.get_running_loop()
     signals.notify = lambda: loop.call_soon_threadsafe(stop.interrupt)
     if signals.seen:
         stop.interrupt()
-    io_before = _process_io()
-    played = await play(
-        rank=ranks.rank,
+    offset = ranks.clock_offset()
+    together = Together(
+        ranks=ranks,
+        hosts=ranks.allgather(os.uname().nodename),
+        offset=offset,
+        clock=MonotonicClock(),
+        writer=writer,
+        on_stop=partial(stop.interrupt, "stopped: another rank failed"),
+    )
+    rank = _Rank(prepared=prepared, run_id=run_id, ranks=ranks, offset=offset, io_before=_process_io())
+    async with asyncio.TaskGroup() as group:
+        group.create_task(together.run())
+        played = await _play(rank, together, stop)
+        signals.notify = None
+        result = rank.result(played, *_verdict(played, stop))
+        gathered = await together.finish(result.model_dump_json(), failed=result.status is RunStatus.FAILED)
+    if gathered is not None:
+        writer.line(f'{{"type":"result","ranks":[{",".join(gathered)}]}}')
+    return result, played.hung
+
+
+async def _play(rank: "_Rank", together: Together, stop: Stop) -> Played:
+    prepared, spec = rank.prepared, rank.prepared.spec
+
+    def on_snapshot(played: Played) -> None:
+        together.tell(Snapshot(result=rank.result(played, RunStatus.RUNNING, None)).model_dump_json())
+
+    return await play(
+        rank=rank.ranks.rank,
         workload=prepared.workload,
-        config=_engine_config(spec, planned),
-        stored_bytes=planned.stored_bytes,
+        config=_engine_config(spec, prepared.planned),
+        stored_bytes=prepared.planned.stored_bytes,
         ttft_target_ms=spec.ttft_p95_ms_target,
         timing=Timing(
             warmup_ns=round(warmup_s(spec) * NS),
@@ -247,12 +348,13 @@ async def _run(
         open_io=lambda on_operations: ThreadedIO(prepared.io_engine, on_operations),
         arena=prepared.arena,
         stop=stop,
-        on_sample=lambda sample: writer.send(Progress(sample=sample)),
+        on_sample=lambda sample: together.tell(Progress(sample=sample).model_dump_json()),
         reused=() if prepared.found is None else prepared.found.blocks,
         drop_page_cache=partial(in_daemon, prepared.store.drop_page_cache) if _is_buffered(prepared.store) else None,
+        meet=together.meet,
+        on_snapshot=on_snapshot,
+        existence=prepared.existence,
     )
-    signals.notify = None
-    return _result(prepared, played, run_id, ranks, io_before), played.hung
 
 
 def _is_buffered(store: BlockStore) -> bool:
@@ -296,65 +398,86 @@ def _engine_config(spec: KVCacheSpec, planned: Sizes) -> EngineConfig:
     )
 
 
-def _result(
-    prepared: Prepared, played: Played, run_id: str, ranks: Ranks, io_before: tuple[int, int] | None
-) -> RankResult:
-    recorder = played.recorder
-    io_after = _process_io()
-    moved = None if io_before is None or io_after is None else (io_after[0] - io_before[0], io_after[1] - io_before[1])
-    status, error = _verdict(played)
-    cores = prepared.facts["usable_cores"]
-    assert isinstance(cores, int)
-    return RankResult(
-        run_id=run_id,
-        rank=ranks.rank,
-        host=os.uname().nodename,
-        status=status,
-        error=error,
-        workload_digest=prepared.workload.digest,
-        window=RankWindow(
-            start_unix_s=played.started_unix_s,
-            warmup_s=played.warmup_ns / NS,
-            warmup_steady=played.warmup_steady,
-            measured_s=recorder.measured_ns / NS,
-            drain_s=played.drain_ns / NS,
-            requests_in_flight_at_end=played.in_flight_at_end,
-        ),
-        requests=RequestCounts.model_validate(counts(recorder.requests)),
-        first_tokens=TtftCounts.model_validate(counts(recorder.first_tokens)),
-        saved=SignedHistogramData.of(recorder.saved),
-        reuse_distance=ReuseDistanceData(
-            first_uses=played.reuse.first_uses,
-            distances=dict(played.reuse.distances),
-            sample_weight=played.reuse.sample_weight,
-        ),
-        operations_digest=played.operations_digest,
-        storage=StorageCounts.model_validate(counts(recorder.window)),
-        storage_total=StorageCounts.model_validate(counts(recorder.total)),
-        latency={name: HistogramData.of(histogram) for name, histogram in recorder.latency.items()},
-        client=RankClient(
-            cpu_s=played.cpu_s,
-            payload_cpu_s=played.payload_cpu_s,
-            cpu_wait_s=played.cpu_wait_s,
-            cores=cores,
-            max_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            os_read_bytes=None if moved is None else moved[0],
-            os_written_bytes=None if moved is None else moved[1],
-            loop_lag=HistogramData.of(played.loop_lag),
-        ),
-        verify_failures=played.failures,
-        dropped_page_cache_bytes=played.dropped_page_cache_bytes if _is_buffered(prepared.store) else 0,
-        reuse=None if prepared.found is None else prepared.found.reuse,
-        host_facts=prepared.facts,
-        samples=played.samples,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rank:
+    """What a rank's results tell of it, besides what was played.
+
+    Attributes:
+        io_before: Bytes that the process had read and written when it began; None where the kernel does not tell.
+    """
+
+    prepared: Prepared
+    run_id: str
+    ranks: Ranks
+    offset: ClockOffset
+    io_before: tuple[int, int] | None
+
+    def result(self, played: Played, status: RunStatus, error: RankError | None) -> RankResult:
+        """What it measured, up to now or in all."""
+        recorder = played.recorder
+        io_after = _process_io()
+        moved = (
+            None
+            if self.io_before is None or io_after is None
+            else (io_after[0] - self.io_before[0], io_after[1] - self.io_before[1])
+        )
+        cores = self.prepared.facts["usable_cores"]
+        assert isinstance(cores, int)
+        return RankResult(
+            run_id=self.run_id,
+            rank=self.ranks.rank,
+            host=os.uname().nodename,
+            status=status,
+            error=error,
+            workload_digest=self.prepared.workload.digest,
+            clock=RankClock(
+                offset_ns=self.offset.offset_ns,
+                offset_error_ns=self.offset.error_ns,
+                start_late_ns=played.late_ns,
+            ),
+            window=RankWindow(
+                start_unix_s=played.started_unix_s,
+                warmup_s=played.warmup_ns / NS,
+                warmup_steady=played.warmup_steady,
+                measured_s=played.measured_ns / NS,
+                drain_s=played.drain_ns / NS,
+                requests_in_flight_at_end=played.in_flight_at_end,
+            ),
+            requests=RequestCounts.model_validate(counts(recorder.requests)),
+            first_tokens=TtftCounts.model_validate(counts(recorder.first_tokens)),
+            saved=SignedHistogramData.of(recorder.saved),
+            reuse_distance=ReuseDistanceData(
+                first_uses=played.reuse.first_uses,
+                distances=dict(played.reuse.distances),
+                sample_weight=played.reuse.sample_weight,
+            ),
+            operations_digest=played.operations_digest,
+            storage=StorageCounts.model_validate(counts(recorder.window)),
+            storage_total=StorageCounts.model_validate(counts(recorder.total)),
+            latency={name: HistogramData.of(histogram) for name, histogram in recorder.latency.items()},
+            client=RankClient(
+                cpu_s=played.cpu_s,
+                payload_cpu_s=played.payload_cpu_s,
+                cpu_wait_s=played.cpu_wait_s,
+                cores=cores,
+                max_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                os_read_bytes=None if moved is None else moved[0],
+                os_written_bytes=None if moved is None else moved[1],
+                loop_lag=HistogramData.of(played.loop_lag),
+            ),
+            verify_failures=played.failures,
+            dropped_page_cache_bytes=played.dropped_page_cache_bytes if _is_buffered(self.prepared.store) else 0,
+            reuse=None if self.prepared.found is None else self.prepared.found.reuse,
+            host_facts=self.prepared.facts,
+            samples=played.samples,
+        )
 
 
-def _verdict(played: Played) -> tuple[RunStatus, RankError | None]:
+def _verdict(played: Played, stop: Stop) -> tuple[RunStatus, RankError | None]:
     if played.error is not None:
         return RunStatus.FAILED, RankError(exit_code=played.error.exit_code, message=str(played.error))
     if played.ending is Ending.INTERRUPTED:
-        return RunStatus.INTERRUPTED, RankError(exit_code=EXIT_CODE.INTERRUPTED, message="interrupted by a signal")
+        return RunStatus.INTERRUPTED, RankError(exit_code=EXIT_CODE.INTERRUPTED, message=stop.reason)
     if not played.recorder.requests.completed:
         return RunStatus.FAILED, RankError(
             exit_code=EXIT_CODE.FAILURE,

@@ -1,13 +1,53 @@
 """The other ranks of a run: none, or those that the MPI library knows."""
 
+import contextlib
 import os
+import signal
+import time
+from array import array
 from collections.abc import Mapping
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol, TypeVar
+
+from mlpstorage.errors import ConfigurationError
 
 T = TypeVar("T")
 
-_MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
-"""Set by Open MPI, by MPICH's Hydra, and by any launcher that speaks PMIx."""
+_MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""The number of ranks, as Open MPI and MPICH's Hydra tell it."""
+
+_MPI_VARIABLES = (*_MPI_SIZE_VARIABLES, "PMIX_RANK")
+"""One of them is set by every launcher; the last one by any that speaks PMIx."""
+
+_FORWARD_S = 1.0
+"""Time for the launcher's daemon of this host to hand on what a rank has just written, before it is ended."""
+
+_DAEMON_GRACE_S = 2.0
+"""Time for that daemon to end all ranks here, before it is killed."""
+
+OFFSET_ROUND_TRIPS = 20
+"""Questions for the time of rank 0; the quickest answer of them counts."""
+
+_QUESTION_TAG, _POST_TAG = 1, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClockOffset:
+    """How far rank 0's clock is ahead of this rank's, and by how much that may be wrong, in nanoseconds.
+
+    Rank 0 read its clock at some moment between a question and its answer. The offset takes the middle for that moment,
+    so that it cannot be further off than half of the round trip, however unequal the two ways are.
+    """
+
+    offset_ns: int
+    error_ns: int
+
+    @classmethod
+    def of_round_trip(cls, asked_ns: int, told_ns: int, answered_ns: int) -> "ClockOffset":
+        """From the moments of question and answer by this rank's clock, and what rank 0's clock said in between."""
+        trip_ns = max(answered_ns - asked_ns, 0)
+        # Both halves rounded up: the bound holds for odd round trips too.
+        return cls(offset_ns=told_ns - asked_ns - trip_ns // 2, error_ns=-(-trip_ns // 2))
 
 
 class Ranks(Protocol):
@@ -32,12 +72,24 @@ class Ranks(Protocol):
         """Every rank's item, in rank order, for every rank."""
         ...
 
-    def gather(self, item: T) -> list[T] | None:
-        """Every rank's item, in rank order, for rank 0; None for the others."""
-        ...
-
     def barrier(self) -> None:
         """Return when every rank is here."""
+        ...
+
+    def clock_offset(self) -> ClockOffset:
+        """Compare `time.perf_counter_ns` with rank 0's; all ranks do it together."""
+        ...
+
+    def post(self, message: object, to: int) -> None:
+        """Begin to send a message to another rank; `arrived` of both goes on with it."""
+        ...
+
+    def arrived(self) -> list[tuple[int, Any]]:
+        """Messages that are here, each with the rank that posted it, one rank's in their order. Waits for nothing."""
+        ...
+
+    def abort(self, exit_code: int) -> NoReturn:
+        """End all ranks at once, those that hang too."""
         ...
 
 
@@ -52,44 +104,141 @@ class Alone:
         """The one item."""
         return [item]
 
-    def gather(self, item: T) -> list[T] | None:
-        """The one item."""
-        return [item]
-
     def barrier(self) -> None:
         """Everybody is here."""
 
+    def clock_offset(self) -> ClockOffset:
+        """The clock is rank 0's."""
+        return ClockOffset(offset_ns=0, error_ns=0)
+
+    def post(self, message: object, to: int) -> None:
+        """There is nobody to post to."""
+        raise ValueError(f"rank {to} does not exist: {message!r} is for nobody")
+
+    def arrived(self) -> list[tuple[int, Any]]:
+        """Nobody posts."""
+        return []
+
+    def abort(self, exit_code: int) -> NoReturn:
+        """End this process at once."""
+        os._exit(exit_code)
+
 
 class MpiRanks:
-    """The ranks of MPI's world."""
+    """The ranks of MPI's world. MPI is called from the thread that made this, and from no other."""
 
     def __init__(self) -> None:
         from mpi4py import MPI  # noqa: PLC0415 - an optional package; importing it starts MPI
 
+        self._mpi = MPI
+        self._daemon = os.getppid()
         self._world = MPI.COMM_WORLD
         self.rank: int = self._world.Get_rank()
         self.size: int = self._world.Get_size()
         on_host = self._world.Split_type(MPI.COMM_TYPE_SHARED)
         self.ranks_on_host: int = on_host.Get_size()
         on_host.Free()
+        self._posted: list[MPI.Request] = []
+        self._coming: list[tuple[int, MPI.Request]] = []
 
     def allgather(self, item: T) -> list[T]:
         """Every rank's item, in rank order, for every rank."""
         items: list[T] = self._world.allgather(item)
         return items
 
-    def gather(self, item: T) -> list[T] | None:
-        """Every rank's item, in rank order, for rank 0; None for the others."""
-        items: list[T] | None = self._world.gather(item, root=0)
-        return items
-
     def barrier(self) -> None:
         """Return when every rank is here."""
         self._world.Barrier()
 
+    def clock_offset(self) -> ClockOffset:
+        """Compare `time.perf_counter_ns` with rank 0's, one rank after the other; all ranks do it together."""
+        mine = ClockOffset(offset_ns=0, error_ns=0)
+        for other in range(1, self.size):
+            if self.rank == 0:
+                self._tell_time(other)
+            elif self.rank == other:
+                mine = self._ask_time()
+        return mine
+
+    def _tell_time(self, other: int) -> None:
+        """Answer the questions of one rank."""
+        buffer = array("q", [0])
+        for _ in range(OFFSET_ROUND_TRIPS):
+            self._world.Recv(buffer, source=other, tag=_QUESTION_TAG)
+            buffer[0] = time.perf_counter_ns()
+            self._world.Send(buffer, dest=other, tag=_QUESTION_TAG)
+
+    def _ask_time(self) -> ClockOffset:
+        """Ask rank 0 for the time; what the quickest answer tells."""
+        told, buffer = [], array("q", [0])
+        for _ in range(OFFSET_ROUND_TRIPS):
+            asked_ns = time.perf_counter_ns()
+            self._world.Send(buffer, dest=0, tag=_QUESTION_TAG)
+            self._world.Recv(buffer, source=0, tag=_QUESTION_TAG)
+            told.append(ClockOffset.of_round_trip(asked_ns, buffer[0], time.perf_counter_ns()))
+        return min(told, key=lambda one: one.error_ns)
+
+    def post(self, message: object, to: int) -> None:
+        """Begin to send a message to another rank; `arrived` of both goes on with it."""
+        self._posted.append(self._world.isend(message, dest=to, tag=_POST_TAG))
+
+    def arrived(self) -> list[tuple[int, Any]]:
+        """Messages that are here, each with the rank that posted it, one rank's in their order. Waits for nothing.
+
+        A large message needs several calls, of the sender and of the receiver, to get across. To wait for it inside MPI
+        would hold up the event loop, and for ever where the sender has stopped.
+        """
+        self._posted = [request for request in self._posted if not request.test()[0]]
+        status = self._mpi.Status()
+        while (message := self._world.improbe(tag=_POST_TAG, status=status)) is not None:
+            self._coming.append((status.Get_source(), message.irecv()))
+        here: list[tuple[int, Any]] = []
+        coming: list[tuple[int, Any]] = []
+        late: set[int] = set()
+        for source, request in self._coming:
+            done, message = (False, None) if source in late else request.test()
+            if done:
+                here.append((source, message))
+            else:
+                late.add(source)
+                coming.append((source, request))
+        self._coming = coming
+        return here
+
+    def abort(self, exit_code: int) -> NoReturn:
+        """End all ranks at once, those that hang too.
+
+        Not by MPI_Abort, which waits for word from a launcher that may be cut off: the launcher's daemon of this host
+        is ended instead. It takes its ranks with it; where the network holds, the launcher notices and ends the others.
+        """
+        # Its signal ends this process whatever it waits for.
+        signal.alarm(round(_FORWARD_S + 3 * _DAEMON_GRACE_S))
+        time.sleep(_FORWARD_S)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline_s = time.monotonic() + _DAEMON_GRACE_S
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(self._daemon, number)
+            while os.getppid() == self._daemon and time.monotonic() < deadline_s:
+                time.sleep(0.05)
+        os._exit(exit_code)
+
 
 def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """The ranks of this run: MPI's where an MPI launcher started this process."""
-    if any(variable in environment for variable in _MPI_SIZE_VARIABLES):
-        return MpiRanks()
-    return Alone()
+    """The ranks of this run: MPI's where an MPI launcher started this process.
+
+    Raises:
+        ConfigurationError: The MPI library is not the launcher's, so that each rank would be a run of its own.
+    """
+    if not any(variable in environment for variable in _MPI_VARIABLES):
+        return Alone()
+    ranks = MpiRanks()
+    told = next((environment[name] for name in _MPI_SIZE_VARIABLES if name in environment), str(ranks.size))
+    if told != str(ranks.size):
+        from mpi4py import MPI  # noqa: PLC0415 - as above
+
+        raise ConfigurationError(
+            f"the launcher has started {told} ranks, and the MPI library finds {ranks.size}: mpi4py uses "
+            f"{MPI.Get_library_version().splitlines()[0].strip()}, which is not the launcher's; set MPI4PY_LIBMPI to "
+            "the path of its libmpi.so, or choose another launcher with --mpi-bin"
+        )
+    return ranks

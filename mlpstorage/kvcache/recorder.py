@@ -7,7 +7,7 @@ from mlpstorage.config import Tier
 from mlpstorage.kvcache.first_token import FirstToken, TtftTally
 from mlpstorage.measure.histogram import Histogram, SignedHistogram
 from mlpstorage.results.models import LATENCIES
-from mlpstorage.storage.ops import OpDone, OperationSkippedError, OpKind
+from mlpstorage.storage.ops import OpDone, OperationSkippedError, OpKind, is_gone
 from mlpstorage.storage.payload import VerifyError
 
 FAILURES_KEPT = 100
@@ -36,15 +36,18 @@ class StorageTally:
     writes_dropped: int = 0
     writes_deferred: int = 0
     dedup_skipped_bytes: int = 0
+    exists_ops: int = 0
+    reads_gone: int = 0
+    deletes_gone: int = 0
 
-    def add(self, done: OpDone, object_bytes: int, padding_bytes: int) -> None:
-        """Count one storage operation that was tried. Tries beyond the first count whatever became of it."""
+    def add(self, done: OpDone, object_bytes: int, padding_bytes: int, *, shared: bool = False) -> None:
+        """Count one storage operation that was tried. Tries beyond the first count whatever became of it.
+
+        What is `shared` other ranks may have deleted: that is no error.
+        """
         self.retries += done.retries
         if done.error is not None:
-            if isinstance(done.error, VerifyError):
-                self.verify_errors += 1
-            else:
-                self.io_errors += 1
+            self._add_failed(done, shared=shared)
             return
         match done.op.kind:
             case OpKind.READ:
@@ -68,6 +71,16 @@ class StorageTally:
             self.direct_files += 1
         elif done.direct is False:
             self.buffered_files += 1
+
+    def _add_failed(self, done: OpDone, *, shared: bool) -> None:
+        if isinstance(done.error, VerifyError):
+            self.verify_errors += 1
+        elif not shared or not is_gone(done):
+            self.io_errors += 1
+        elif done.op.kind is OpKind.READ:
+            self.reads_gone += 1
+        else:
+            self.deletes_gone += 1
 
 
 @dataclass(slots=True)
@@ -96,6 +109,8 @@ class RequestTally:
     prompt_blocks: int = 0
     cached_tokens: TierTally = field(default_factory=TierTally)
     hit_blocks: TierTally = field(default_factory=TierTally)
+    cross_rank_tokens: int = 0
+    cross_rank_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +125,8 @@ class Answered:
     hit_blocks: dict[Tier, int]
     load_skipped: bool
     load_abandoned: bool
+    cross_rank_tokens: int = 0
+    cross_rank_blocks: int = 0
 
 
 _LATENCY_OF = {
@@ -129,6 +146,7 @@ class Recorder:
         ttft_target_ns: Target of the verdict.
         window_ns: First and last-but-one nanosecond of the measured window, by the rank's clock; None where that is
             not known yet, so that nothing lies inside.
+        shared: Whether other ranks delete objects, too, so that one that is gone is no error.
 
     Attributes:
         window: Storage operations inside the window.
@@ -144,8 +162,15 @@ class Recorder:
     """
 
     def __init__(
-        self, *, object_bytes: int, stored_bytes: int, ttft_target_ns: int, window_ns: tuple[int, int] | None = None
+        self,
+        *,
+        object_bytes: int,
+        stored_bytes: int,
+        ttft_target_ns: int,
+        window_ns: tuple[int, int] | None = None,
+        shared: bool = False,
     ) -> None:
+        self._shared = shared
         self._object_bytes = object_bytes
         self._ttft_target_ns = ttft_target_ns
         self._padding_bytes = stored_bytes - object_bytes
@@ -183,6 +208,10 @@ class Recorder:
         """True length of the window."""
         return max(self._end_ns - self._start_ns, 0)
 
+    def measured_until(self, at_ns: int) -> int:
+        """Length of the window as far as it is over at `at_ns`."""
+        return max(min(self._end_ns, at_ns) - self._start_ns, 0)
+
     def operations(self, finished: Iterable[OpDone]) -> None:
         """Count finished operations of the I/O engine. Those that were never tried do not count."""
         for done in finished:
@@ -196,14 +225,21 @@ class Recorder:
             inside = self.inside(done.end_ns)
             latency = _LATENCY_OF.get(done.op.kind)
             if latency is not None:
-                self.total.add(done, self._object_bytes, self._padding_bytes)
+                self.total.add(done, self._object_bytes, self._padding_bytes, shared=self._shared)
                 if inside:
-                    self.window.add(done, self._object_bytes, self._padding_bytes)
+                    self.window.add(done, self._object_bytes, self._padding_bytes, shared=self._shared)
             if inside:
                 self.payload_ns += done.payload_ns
                 self.latency["queue_wait"].record(done.start_ns - done.queued_ns)
                 if latency is not None and done.error is None:
                     self.latency[latency].record(done.end_ns - done.start_ns)
+
+    def looked_for(self, start_ns: int, end_ns: int, objects: int) -> None:
+        """Count a check which of so many objects another rank has written."""
+        self.took("existence_check", start_ns, end_ns)
+        self.total.exists_ops += objects
+        if self.inside(end_ns):
+            self.window.exists_ops += objects
 
     def took(self, latency: str, start_ns: int, end_ns: int) -> None:
         """Count a latency that ended at `end_ns`."""
@@ -265,6 +301,8 @@ class Recorder:
         tally.prompt_tokens += request.prompt_tokens
         tally.output_tokens += request.output_tokens
         tally.prompt_blocks += request.prompt_blocks
+        tally.cross_rank_tokens += request.cross_rank_tokens
+        tally.cross_rank_blocks += request.cross_rank_blocks
         for tier in Tier:
             tally.cached_tokens.add(tier, request.cached_tokens[tier])
             tally.hit_blocks.add(tier, request.hit_blocks[tier])

@@ -3,6 +3,7 @@
 from collections import deque
 
 from mlpstorage.kvcache.recorder import Recorder, RequestTally
+from mlpstorage.kvcache.together import Meet
 from mlpstorage.measure.clock import NS, Clock
 
 SPAN_S = 5
@@ -19,7 +20,7 @@ class Steadiness:
     """Watches the hit ratio of tokens, span after span.
 
     Attributes:
-        seen: Whether it was steady.
+        seen: Whether it was steady when the last span ended.
     """
 
     def __init__(self) -> None:
@@ -28,13 +29,15 @@ class Steadiness:
         self._prompt_tokens = 0
         self._cached_tokens = 0
 
-    async def reached(self, recorder: Recorder, clock: Clock, begin_ns: int, most_ns: int) -> None:
-        """Return when the hit ratio is steady, at the latest at `most_ns`."""
+    async def reached(self, recorder: Recorder, clock: Clock, begin_ns: int, most_ns: int, meet: Meet) -> None:
+        """Return when the hit ratio is steady on all ranks at once, at the latest at `most_ns`."""
         due_ns = begin_ns
-        while not self.seen and due_ns < most_ns:
+        everyone = False
+        while not everyone and due_ns < most_ns:
             due_ns = min(due_ns + SPAN_S * NS, most_ns)
             await clock.sleep_until(due_ns)
             self.seen = self._is_steady(recorder.total_requests)
+            everyone = (await meet(self.seen)).everyone
 
     def _is_steady(self, requests: RequestTally) -> bool:
         """Take in a span; whether it and those before it agree. A span without an answered request agrees with none."""

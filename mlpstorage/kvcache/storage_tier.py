@@ -12,7 +12,8 @@ from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.index import Findable, LruSet, in_touch_order
 from mlpstorage.kvcache.operations import Operation, OperationsDigest
 from mlpstorage.kvcache.order import Ended, LaterBatch, Order
-from mlpstorage.storage.ops import Chain, Lane, Op, OpDone, OperationSkippedError, OpKind
+from mlpstorage.kvcache.other_ranks import OtherRanks
+from mlpstorage.storage.ops import Chain, Lane, Op, OpDone, OperationSkippedError, OpKind, is_gone
 from mlpstorage.storage.payload import VerifyError
 
 USED_BEFORE_BLOCKS = 1 << 20
@@ -40,6 +41,8 @@ class StorageTier:
         config: Capacity and policies.
         behind: The I/O.
         operations: What takes in the loads, stores and deletes.
+        others: What is known of the blocks that other ranks have written; they are found and read, and are no part of
+            what this tier holds, makes room for or deletes.
 
     Attributes:
         stored: The blocks that a look-up finds: those whose objects are all written (and synced, where batches are);
@@ -47,8 +50,9 @@ class StorageTier:
         most_blocks: Most blocks that it ever holds.
     """
 
-    def __init__(self, config: EngineConfig, behind: Behind, operations: OperationsDigest) -> None:
+    def __init__(self, config: EngineConfig, behind: Behind, operations: OperationsDigest, others: OtherRanks) -> None:
         self._config = config
+        self._others = others
         self._operations = operations
         self._behind = behind
         self._ordered = config.decisions is Decisions.ARRIVAL
@@ -56,6 +60,7 @@ class StorageTier:
         self._lru = LruSet(pins=not self._ordered)
         self._unready: set[int] = set()
         self._damaged: set[int] = set()
+        self._gone: set[int] = set()
         self._deleting: dict[int, asyncio.Task[None]] = {}
         self.stored = Findable(self._lru.ids, self._unready)
         self._remembers_uses = config.store_policy is StorePolicy.SECOND_USE
@@ -69,22 +74,49 @@ class StorageTier:
         return block_id in self._lru
 
     def objects(self) -> list[int]:
-        """Ids of all objects of the blocks on storage."""
+        """Ids of all objects of the blocks on storage, those that are known of other ranks among them."""
         written = [block_id for block_id in self.stored if not self._order.changing(block_id)]
-        return list(self._config.objects(written))
+        return list(self._config.objects([*written, *self._others.ids]))
 
     def lacking(self, block_ids: Iterable[int]) -> list[int]:
-        """Those that are neither on storage nor on their way there, in their order."""
-        known = self._lru.ids
-        return [block_id for block_id in block_ids if block_id not in known]
+        """Those that are neither on storage nor on their way there, as far as is known, in their order."""
+        known, others = self._lru.ids, self._others.ids
+        return [block_id for block_id in block_ids if block_id not in known and block_id not in others]
+
+    async def find_written(self, block_ids: Sequence[int], found: Container[int]) -> None:
+        """Learn which blocks of a chain other ranks have written, up to the first that nobody has.
+
+        Args:
+            block_ids: The chain behind what was found.
+            found: Blocks of it that are found in another tier.
+        """
+        unknown = []
+        for block_id in block_ids:
+            if block_id in found or block_id in self.stored:
+                continue
+            if block_id in self._lru or block_id in self._deleting:
+                break  # this rank's own, and not there yet or not any more
+            unknown.append(block_id)
+        await self._others.find(unknown)
+
+    async def written_by_others(self, block_ids: Collection[int]) -> set[int]:
+        """Those of blocks that this tier is to take which other ranks have written."""
+        if not self._others.shared:
+            return set()
+        return await self._others.written([one for one in self.lacking(block_ids) if one not in self._deleting])
 
     def touch(self, block_ids: Iterable[int]) -> None:
         """Make blocks recent, in this order."""
-        for block_id in block_ids:
+        recent = list(block_ids)
+        for block_id in recent:
             self._lru.touch(block_id)
+        if self._others.shared:
+            self._others.touch(recent)
 
     def kept(self, block_ids: Sequence[int]) -> set[int]:
         """The part of a chain that the tier could hold whole, were it empty: the rest would push out its own chain."""
+        if self._others.ids:
+            block_ids = [block_id for block_id in block_ids if block_id not in self._others.ids]
         if self._config.eviction is Eviction.NONE:
             return set(block_ids[: self.most_blocks])
         recent = list(in_touch_order(block_ids, self._config.touch))
@@ -135,6 +167,8 @@ class StorageTier:
         done = [] if finished.cancelled() else finished.result()
         failed = [one for one in done if one.error is not None]
         wrong = {one.op.object_id // self._config.kv_ranks for one in failed if isinstance(one.error, VerifyError)}
+        if self._others.shared:
+            wrong = self._apart_from_others(wrong, self.gone(done))
         # What is changing waits for this read: the block was evicted since, and perhaps taken again.
         wrong = {block_id for block_id in wrong if not self._order.changing(block_id)}
         self._unready |= wrong
@@ -142,13 +176,34 @@ class StorageTier:
         unread = []
         for block_id in block_ids:
             # Others may still read what was found to be wrong: it is deleted after the last of them.
-            if self._lru.unpin(block_id) and block_id in self._damaged:
+            if not self._lru.unpin(block_id):
+                continue
+            if block_id in self._damaged:
                 self._damaged.remove(block_id)
                 self._forget(block_id)
                 unread.append(block_id)
+            elif block_id in self._gone:
+                self._gone.remove(block_id)
+                self._forget(block_id)
         if unread:
             self._delete(unread)
         self._behind.report(failed)
+
+    def gone(self, done: Iterable[OpDone]) -> set[int]:
+        """The blocks of which a read found an object gone, where others may delete any."""
+        if not self._others.shared:
+            return set()
+        return {one.op.object_id // self._config.kv_ranks for one in done if is_gone(one)}
+
+    def _apart_from_others(self, wrong: set[int], gone: set[int]) -> set[int]:
+        """Forget what is gone, and what is other ranks' and wrong; returns what is this rank's own and wrong."""
+        own = self._lru.ids
+        self._others.forget(block_id for block_id in gone if block_id not in own)
+        self._others.shun(block_id for block_id in wrong if block_id not in own)
+        lost = {block_id for block_id in gone if block_id in own}
+        self._gone |= lost
+        self._unready |= lost
+        return {block_id for block_id in wrong if block_id in own}
 
     def take(self, block_ids: Sequence[int], own: Container[int]) -> Taken:
         """Make room for blocks and take the first of them, as many as fit; they can be found once they are written.
@@ -167,6 +222,7 @@ class StorageTier:
         for block_id in in_touch_order(taken, config.touch):
             self._lru.insert(block_id)
             self._lru.pin(block_id)
+        self._others.forget(taken)
         if not self._ordered:
             self._unready.update(taken)
         self._operations.add(Operation.STORE, taken)

@@ -1,16 +1,19 @@
 """What a rank plays: streams of requests, and the digest by which two runs are known to have played the same."""
 
 import hashlib
+import heapq
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, cycle, islice, tee
+from operator import itemgetter
 
-from mlpstorage.config import Arrivals
+from mlpstorage.config import Arrivals, Placement
 from mlpstorage.errors import ConfigurationError
 from mlpstorage.kvcache.arrivals import at_rate, poisson_s, spread
+from mlpstorage.kvcache.placement import rank_of_prefix
 from mlpstorage.kvcache.request import Request
 from mlpstorage.kvcache.synthetic import Mix, user_requests, with_prefixes
 from mlpstorage.kvcache.traces import After, Trace, TraceRequest, check_block_tokens, full_block_ids, regroup
@@ -95,6 +98,8 @@ class TracePlay:
         max_requests: The first so many requests are played; None for all.
         seed: Of what is random: one for all ranks.
         users: Users of each rank, for a closed loop.
+        placement: Which rank plays a request; a session that waits for its answers is played whole by one rank, which
+            for `PREFIX` is that of its first request.
     """
 
     arrivals: Arrivals
@@ -105,10 +110,11 @@ class TracePlay:
     max_requests: int | None = None
     seed: int = 0
     users: int = 1
+    placement: Placement = Placement.SESSION
 
 
 def trace_workload(trace: Trace, play: TracePlay, *, rank: int, ranks: int) -> OpenLoop | SessionLoop:
-    """The share of a trace that `rank` plays: every `ranks`-th session, beginning with its own number.
+    """The share of a trace that `rank` plays, by the placement.
 
     Reads the trace once, for the digest, so that a broken line shows before anything runs.
 
@@ -129,7 +135,7 @@ def trace_workload(trace: Trace, play: TracePlay, *, rank: int, ranks: int) -> O
     first: object = next(loop.requests() if isinstance(loop, OpenLoop) else loop.sessions(), None)
     if first is None:
         raise ConfigurationError(
-            f"{trace.path}: the trace has nothing left for rank {rank} of {ranks}; "
+            f"{trace.path}: the trace has nothing left for rank {rank} of {ranks} (--placement {play.placement}); "
             "lower --num-processes, or raise --max-requests"
         )
     return loop
@@ -173,6 +179,24 @@ def user_arrivals(
     return OpenLoop(requests=requests, digest=_digest(f"open loop, {block_tokens} tokens a block, {mix}", firsts))
 
 
+def dealt_arrivals(of_ranks: Sequence[OpenLoop], rank: int) -> OpenLoop:
+    """What one rank serves of the synthetic users of all ranks where their requests are dealt, in order of arrival.
+
+    Args:
+        of_ranks: The users of each rank, as `user_arrivals` gives them.
+        rank: The rank.
+    """
+    ranks = len(of_ranks)
+
+    def requests() -> Iterator[Request]:
+        streams = [((one.arrival_s, own, one) for one in loop.requests()) for own, loop in enumerate(of_ranks)]
+        merged = heapq.merge(*streams, key=itemgetter(0, 1))
+        return (one for _, _, one in islice(merged, rank, None, ranks))
+
+    digests = "".join(f"{loop.digest}\n" for loop in of_ranks)
+    return OpenLoop(requests=requests, digest=_digest(f"{digests}every {ranks} requests from {rank} on", ()))
+
+
 def _users(
     mix: Mix, num_users: int, seed: int, block_tokens: int, *, multi_turn: bool
 ) -> tuple[Callable[[], Iterator[Request]], ...]:
@@ -202,13 +226,30 @@ def _open_loop(trace: Trace, play: TracePlay, rank: int, ranks: int) -> OpenLoop
             timed, start_s = at_rate(timed, play.request_rate_per_s, play.seed), 0.0
         elif play.spread_s:
             timed = spread(timed, play.spread_s, play.seed)
-        for one in timed:
+        for number, one in enumerate(timed):
             if start_s is None:
                 start_s = one.timestamp_s
-            if one.session % ranks == rank:
+            if _rank_of(trace, play, one, number, ranks) == rank:
                 yield _request(trace, play, one, (one.timestamp_s - start_s) * play.time_scale)
 
-    return OpenLoop(requests=requests, digest=_digest(f"open loop, {play.block_tokens} tokens a block", requests()))
+    header = f"open loop, {play.block_tokens} tokens a block{_placed(play.placement, ranks)}"
+    return OpenLoop(requests=requests, digest=_digest(header, requests()))
+
+
+def _rank_of(trace: Trace, play: TracePlay, one: TraceRequest, number: int, ranks: int) -> int:
+    """The rank that plays a request of an open loop, which has that number among all of them."""
+    match play.placement:
+        case Placement.SESSION:
+            return one.session % ranks
+        case Placement.ROUND_ROBIN:
+            return number % ranks
+    rank = rank_of_prefix(_block_ids(trace, play, one), play.block_tokens, ranks)
+    return one.session % ranks if rank is None else rank
+
+
+def _placed(placement: Placement, ranks: int) -> str:
+    """What a digest's header says of the placement: with one rank, or by sessions, nothing."""
+    return "" if ranks == 1 or placement is Placement.SESSION else f", placed by {placement}"
 
 
 def _loop(trace: Trace, play: TracePlay, rank: int, ranks: int) -> SessionLoop:
@@ -219,7 +260,7 @@ def _loop(trace: Trace, play: TracePlay, rank: int, ranks: int) -> SessionLoop:
         whole = trace.sessions() if trace.has_think_times else _alone(trace, play)
         for number, steps in enumerate(whole):
             kept = steps if most is None else steps[: most[steps[0].session]]
-            if number % ranks != rank or not kept:
+            if not kept or _rank_of_session(trace, play, kept[0], number, ranks) != rank:
                 continue
             yield Session(
                 start_s=steps[0].timestamp_s * play.time_scale,
@@ -232,9 +273,17 @@ def _loop(trace: Trace, play: TracePlay, rank: int, ranks: int) -> SessionLoop:
                 ),
             )
 
-    header = f"sessions, {play.block_tokens} tokens a block"
+    header = f"sessions, {play.block_tokens} tokens a block{_placed(play.placement, ranks)}"
     users = play.users if play.arrivals is Arrivals.CLOSED else None
     return SessionLoop(sessions=sessions, users=users, digest=_sessions_digest(header, sessions()))
+
+
+def _rank_of_session(trace: Trace, play: TracePlay, first: TraceRequest, number: int, ranks: int) -> int:
+    """The rank that plays a whole session, which has that number among all of them."""
+    rank = None
+    if play.placement is Placement.PREFIX:
+        rank = rank_of_prefix(_block_ids(trace, play, first), play.block_tokens, ranks)
+    return number % ranks if rank is None else rank
 
 
 def _alone(trace: Trace, play: TracePlay) -> Iterator[tuple[TraceRequest, ...]]:
@@ -264,10 +313,6 @@ def _with_ids(trace: Trace, play: TracePlay, requests: Iterator[TraceRequest]) -
 
 
 def _request(trace: Trace, play: TracePlay, one: TraceRequest, arrival_s: float | None) -> Request:
-    assert one.block_ids is not None, "made up where the trace has none"
-    block_ids = one.block_ids
-    if trace.block_tokens is not None:
-        block_ids = regroup(full_block_ids(one, trace), trace.block_tokens, play.block_tokens)
     return Request(
         arrival_s=arrival_s,
         think_s=0.0,
@@ -276,8 +321,16 @@ def _request(trace: Trace, play: TracePlay, one: TraceRequest, arrival_s: float 
         turn=one.turn,
         prompt_tokens=one.input_tokens,
         output_tokens=one.output_tokens,
-        block_ids=block_ids,
+        block_ids=_block_ids(trace, play, one),
     )
+
+
+def _block_ids(trace: Trace, play: TracePlay, one: TraceRequest) -> tuple[int, ...]:
+    """Ids of a prompt's full blocks, of the size that is played."""
+    assert one.block_ids is not None, "made up where the trace has none"
+    if trace.block_tokens is None:
+        return one.block_ids
+    return regroup(full_block_ids(one, trace), trace.block_tokens, play.block_tokens)
 
 
 def _digest(header: str, requests: Iterable[Request]) -> str:

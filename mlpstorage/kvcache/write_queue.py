@@ -166,7 +166,7 @@ class WriteQueue:
             if self._config.write_interval_s:
                 self._collect(batch, number, queued_ns)
             else:
-                self._hand_over(dict.fromkeys(batch, queued_ns), own)
+                self._hand_over(dict.fromkeys(await self._not_written(batch), queued_ns), own)
 
     def take(self, block_ids: Sequence[int], own: Collection[int]) -> list[Taken]:
         """Have the tier take blocks of a chain at once, to be written later by `write`; see `put` for the arguments."""
@@ -249,10 +249,19 @@ class WriteQueue:
         block_ids = list(collected)
         most = self._batch_blocks
         for begin in range(0, len(block_ids), most):
-            batch = block_ids[begin : begin + most]
+            batch = await self._not_written(block_ids[begin : begin + most])
             self._hand_over({block_id: collected[block_id] for block_id in batch}, collected)
         for chain in chains.values():
             self._tier.touch(in_touch_order(chain, self._config.touch))
+
+    async def _not_written(self, batch: Sequence[int]) -> Sequence[int]:
+        """Those of blocks that have passed the gate which no other rank has written; the others leave it."""
+        written = await self._tier.written_by_others(batch)
+        if not written:
+            return batch
+        self.deduplicated(len(written))
+        self._gate.leave(len(written))
+        return [block_id for block_id in batch if block_id not in written]
 
     def _hand_over(self, batch: dict[int, int], own: Collection[int]) -> None:
         """Take blocks that have passed the gate into the storage tier and begin to write them.

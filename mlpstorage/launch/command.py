@@ -1,20 +1,41 @@
 """The command that starts a planned run."""
 
+import os
 import shlex
 import sys
+from collections.abc import Mapping
 
-from mlpstorage.launch.mpi import mpi_command, mpi_environment, split_mpi_params
+from mlpstorage.errors import MissingFileError
+from mlpstorage.launch.mpi import (
+    DEFAULT_DIALECT,
+    Dialect,
+    find_mpi,
+    mpi_command,
+    mpi_environment,
+    mpi_library,
+    ranks_of_hosts,
+    slots_of_hosts,
+    split_mpi_params,
+)
 from mlpstorage.plan.kvcache import Layout
 from mlpstorage.spec.kvcache import KVCacheSpec, rank_arguments
 
 RANK_MODULE = "mlpstorage.kvcache.rank"
 
 
-def rank_command(spec: KVCacheSpec, layout: Layout, *, run_id: str | None) -> list[str]:
+def rank_command(
+    spec: KVCacheSpec,
+    layout: Layout,
+    *,
+    run_id: str | None,
+    dialect: Dialect = DEFAULT_DIALECT,
+    handed: Mapping[str, str] | None = None,
+) -> list[str]:
     """The argv that starts the run: that of the one rank, or of the MPI launcher with the ranks' argv in it.
 
     Every rank gets the same words; it knows its number from the MPI library. Ranks run under `python -m mpi4py`, so
-    that one that raises ends them all. `run_id` is None while it is not known.
+    that one that raises ends them all. `run_id` is None while it is not known. `handed` are the variables that ranks on
+    other hosts get.
     """
     if spec.kvcache_bin_path is not None:
         program = [str(spec.kvcache_bin_path)]
@@ -35,15 +56,40 @@ def rank_command(spec: KVCacheSpec, layout: Layout, *, run_id: str | None) -> li
         allow_run_as_root=spec.allow_run_as_root,
         mpi_params=split_mpi_params([list(part) for part in spec.mpi_params]),
         program=program,
+        dialect=dialect,
+        environment=handed,
     )
 
 
-def rank_environment() -> dict[str, str]:
-    """The environment in which ranks are started.
+def handed_environment(mpi_bin: str, dialect: Dialect) -> dict[str, str]:
+    """The variables that a launcher hands to ranks on every host.
 
     numpy's OpenBLAS starts threads that spin beside the I/O, and nothing here uses it: one, unless the user says
-    otherwise. It took a fifth of the client's processor time. An MPI launcher hands it to ranks on this host only.
+    otherwise. It took a fifth of the client's processor time. A launcher that is not the one beside Python has its own
+    MPI library, which mpi4py must be told of; see `mpi_library`.
     """
+    handed = {"OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1")}
+    told = os.environ.get("MPI4PY_LIBMPI")
+    if told is not None:
+        return handed | {"MPI4PY_LIBMPI": told}
+    try:
+        launcher = find_mpi(mpi_bin)
+    except MissingFileError:
+        return handed
+    library = mpi_library(launcher, dialect)
+    if library is not None and os.path.dirname(launcher) != os.path.dirname(sys.executable):  # noqa: PTH120 - of strings
+        handed["MPI4PY_LIBMPI"] = str(library)
+    return handed
+
+
+def ranks_on_host(spec: KVCacheSpec, layout: Layout) -> int:
+    """The most ranks that a host runs."""
+    slots = slots_of_hosts(layout.ranks, spec.parsed_hosts, oversubscribe=spec.oversubscribe)
+    return max(ranks_of_hosts(layout.ranks, slots))
+
+
+def rank_environment() -> dict[str, str]:
+    """The environment in which the ranks of this host, or their launcher, are started."""
     return {"OPENBLAS_NUM_THREADS": "1"} | mpi_environment()
 
 

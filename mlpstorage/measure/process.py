@@ -41,6 +41,30 @@ def waited_s(before: dict[int, int] | None, after: dict[int, int] | None) -> flo
     return sum(wait_ns - before.get(thread, 0) for thread, wait_ns in after.items()) / NS
 
 
+class ProcessorMeter:
+    """Processor time of this process since the measured window began, and how long its threads waited for processors.
+
+    Attributes:
+        cpu_s: Seconds used, 0 before the window, as of the last reading.
+        wait_s: Seconds waited likewise, summed over threads; None where the kernel does not tell.
+    """
+
+    def __init__(self) -> None:
+        self.cpu_s = 0.0
+        self.wait_s: float | None = 0.0
+        self._start: tuple[float, dict[int, int] | None] | None = None
+
+    def start(self) -> None:
+        """The window begins."""
+        self._start = cpu_s(), thread_waits_ns()
+
+    def read(self) -> None:
+        """Take a reading."""
+        if self._start is not None:
+            used_s, waits_ns = self._start
+            self.cpu_s, self.wait_s = cpu_s() - used_s, waited_s(waits_ns, thread_waits_ns())
+
+
 def _schedstat(task: Path) -> tuple[int, int] | None:
     """Nanoseconds that a thread has run, and waited; None where it has ended meanwhile."""
     try:

@@ -127,7 +127,12 @@ def with_settled_io(spec: KVCacheSpec) -> KVCacheSpec:
 
 
 def with_automatic_sizes(
-    spec: KVCacheSpec, *, memory_free_bytes: int, space: FileSystemSpace | None, ranks_on_host: int
+    spec: KVCacheSpec,
+    *,
+    memory_free_bytes: int,
+    space: FileSystemSpace | None,
+    ranks_on_host: int,
+    ranks_on_storage: int | None = None,
 ) -> KVCacheSpec:
     """The spec with everything that was left to the program worked out for one rank of a host.
 
@@ -136,6 +141,7 @@ def with_automatic_sizes(
         memory_free_bytes: Memory that is free on the host.
         space: Room of the cache directory's file system; None where there is none or it tells no size.
         ranks_on_host: Ranks that share the two.
+        ranks_on_storage: Ranks that share the file system, where those of other hosts do, too.
 
     Raises:
         ConfigurationError: There is no telling how large the storage tier may be.
@@ -147,11 +153,11 @@ def with_automatic_sizes(
         share = min(CPU_TIER_MOST_BYTES, memory_free_bytes // ranks_on_host // 2)
         changes["cpu_mem_gb"] = _whole_mib(share)
     if spec.storage_gb is None:
-        changes["storage_gb"] = _automatic_storage_gib(spec, space, ranks_on_host)
+        changes["storage_gb"] = _automatic_storage_gib(spec, space, ranks_on_storage or ranks_on_host)
     return with_settled_io(spec).model_copy(update=changes)
 
 
-def _automatic_storage_gib(spec: KVCacheSpec, space: FileSystemSpace | None, ranks_on_host: int) -> float:
+def _automatic_storage_gib(spec: KVCacheSpec, space: FileSystemSpace | None, ranks: int) -> float:
     if spec.store_layout is StoreLayout.NULL:
         return NULL_STORAGE_GIB
     if space is None:
@@ -166,7 +172,7 @@ def _automatic_storage_gib(spec: KVCacheSpec, space: FileSystemSpace | None, ran
             "less than the fifth that the automatic limit leaves free: give the limit with --storage-gb, or another "
             "--cache-dir"
         )
-    return max(_whole_mib(room // ranks_on_host), 1 / 1024)
+    return max(_whole_mib(room // ranks), 1 / 1024)
 
 
 def check_room(
@@ -177,6 +183,7 @@ def check_room(
     storage_free_bytes: int | None,
     ranks_on_host: int,
     where: str,
+    ranks_on_storage: int | None = None,
 ) -> None:
     """Refuse a plan that does not fit the host.
 
@@ -187,6 +194,7 @@ def check_room(
         storage_free_bytes: Free bytes of the cache directory's file system; None where there is no such limit.
         ranks_on_host: Ranks that share the two.
         where: The cache directory, for the message.
+        ranks_on_storage: Ranks that share the file system, where those of other hosts do, too.
 
     Raises:
         ConfigurationError: Too little memory or space; says the need, what is there, and the flag to change.
@@ -201,11 +209,13 @@ def check_room(
             f"I/O buffers {gib(planned.io_memory_bytes)}, client {gib(CLIENT_BYTES)}), {gib(memory_free_bytes)} "
             "are free: lower --cpu-mem-gb, --io-depth or --block-tokens"
         )
-    storage_bytes = ranks_on_host * int(spec.storage_gb * GIB)
+    on_storage = ranks_on_storage or ranks_on_host
+    storage_bytes = on_storage * int(spec.storage_gb * GIB)
     if storage_free_bytes is not None and storage_bytes > storage_free_bytes:
+        all_of_them = f"{on_storage} ranks" if on_storage > 1 else "one rank"
         raise ConfigurationError(
-            f"not enough space: the plan needs {gib(storage_bytes)} for {each} in {where}, {gib(storage_free_bytes)} "
-            "are free: lower --storage-gb or choose another --cache-dir"
+            f"not enough space: the plan needs {gib(storage_bytes)} for {all_of_them} in {where}, "
+            f"{gib(storage_free_bytes)} are free: lower --storage-gb or choose another --cache-dir"
         )
     if not planned.storage_blocks:
         raise ConfigurationError(
@@ -232,7 +242,7 @@ class Layout:
 def layout(spec: KVCacheSpec, is_local: Callable[[str], bool]) -> Layout:
     """Ranks and where they run; `is_local` tells whether a host name is this machine."""
     hosts = spec.parsed_hosts
-    ranks = spec.num_processes or sum(host.slots or 1 for host in hosts)
+    ranks = spec.ranks
     elsewhere = any(not is_local(host.name) for host in hosts)
     return Layout(ranks=ranks, ranks_here=0 if elsewhere else ranks, uses_mpi=elsewhere or ranks > 1)
 
@@ -244,6 +254,17 @@ def rank_directory(cache_dir: S3Location, rank: int) -> S3Location: ...
 def rank_directory(cache_dir: Path | S3Location, rank: int) -> Path | S3Location:
     """The place of one rank below the cache directory."""
     return cache_dir / f"rank_{rank}"
+
+
+@overload
+def cache_place(spec: KVCacheSpec, cache_dir: Path, rank: int) -> Path: ...
+@overload
+def cache_place(spec: KVCacheSpec, cache_dir: S3Location, rank: int) -> S3Location: ...
+@overload
+def cache_place(spec: KVCacheSpec, cache_dir: Path | S3Location, rank: int) -> Path | S3Location: ...
+def cache_place(spec: KVCacheSpec, cache_dir: Path | S3Location, rank: int) -> Path | S3Location:
+    """The place of one rank's objects: one of its own, or the cache directory itself where all ranks share it."""
+    return cache_dir if spec.shares_cache else rank_directory(cache_dir, rank)
 
 
 def gib(count: int) -> str:

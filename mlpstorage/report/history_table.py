@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mlpstorage.history import RunEntry
-from mlpstorage.report.terminal import STATUS_STYLES, facts_grid, summary_table
+from mlpstorage.report.tables import STATUS_STYLES
+from mlpstorage.report.terminal import facts_grid, summary_table
 from mlpstorage.report.text import plain, seconds_text
 from mlpstorage.results.summary import (
     Summary,

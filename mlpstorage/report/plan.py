@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mlpstorage.config import Accelerator, Arrivals, IoEngineName
+from mlpstorage.config import Accelerator, Arrivals, IoEngineName, Placement
 from mlpstorage.config import Layout as StoreLayout
 from mlpstorage.plan.datasize import ContextSize, DataSizes
 from mlpstorage.plan.kvcache import Layout, Sizes, gib, warmup_s
@@ -40,11 +40,11 @@ def plan_text(
         ("ranks", f"{layout.ranks} on {hosts}{', started over MPI' if layout.uses_mpi else ''}"),
         ("GPU tier", f"{spec.gpu_mem_gb:g} GiB a rank"),
         ("DRAM tier", AUTO if spec.cpu_mem_gb is None else f"{spec.cpu_mem_gb:g} GiB a rank"),
-        ("storage tier", AUTO if spec.storage_gb is None else f"at most {spec.storage_gb:g} GiB a rank"),
+        ("storage tier", _storage_tier(spec, layout)),
         ("layout", _layout(spec)),
         ("I/O", _io(spec)),
         ("policies", _policies(spec)),
-        ("cache files", "none" if spec.store_layout is StoreLayout.NULL else str(cache_dir)),
+        ("cache files", _cache_files(spec, cache_dir)),
         ("results", str(result_dir)),
     ]
     parameters = [
@@ -66,6 +66,21 @@ def plan_text(
             *([] if refusal is None else [f"It would be refused: {refusal}", ""]),
         ]
     )
+
+
+def _storage_tier(spec: KVCacheSpec, layout: Layout) -> str:
+    if spec.storage_gb is None:
+        return AUTO
+    each = f"at most {spec.storage_gb:g} GiB a rank"
+    if not spec.shares_cache:
+        return each
+    return f"{each} of what it writes, {spec.storage_gb * layout.ranks:g} GiB together"
+
+
+def _cache_files(spec: KVCacheSpec, cache_dir: Path | S3Location) -> str:
+    if spec.store_layout is StoreLayout.NULL:
+        return "none"
+    return f"{cache_dir}, one cache of all ranks" if spec.shares_cache else str(cache_dir)
 
 
 def data_sizes_text(estimate: DataSizes) -> str:
@@ -125,7 +140,8 @@ def _load(spec: KVCacheSpec) -> str:
     """What is played, and when."""
     if spec.trace is None:
         users = f"{spec.num_users} synthetic users a rank ({mix_text(spec.mix)})"
-        return f"{users}, {_rate(spec) or 'closed loop'}"
+        dealt = "" if spec.placement is Placement.SESSION else f", placed by {spec.placement}"
+        return f"{users}, {_rate(spec) or 'closed loop'}{dealt}"
     pace = {
         Arrivals.OPEN: f"open loop, {_rate(spec) or f'times x {spec.time_scale:g}'}",
         Arrivals.SESSION: f"sessions at their starts, with their pauses, times x {spec.time_scale:g}",
@@ -134,6 +150,8 @@ def _load(spec: KVCacheSpec) -> str:
     parts = [f"trace {spec.trace} ({spec.trace_format})", pace[spec.arrivals or Arrivals.OPEN]]
     if spec.spread_arrivals:
         parts.append(f"spread over {spec.spread_arrivals:g} s")
+    if spec.placement is not Placement.SESSION:
+        parts.append(f"placed by {spec.placement}")
     return ", ".join([*parts, f"first {spec.max_requests or 'all'} requests"])
 
 

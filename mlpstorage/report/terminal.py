@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TextIO
 
-from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
 from rich.table import Table
@@ -22,6 +21,8 @@ from mlpstorage.report.meaning import (
     ttft_text,
     writes_text,
 )
+from mlpstorage.report.rank_table import rank_notes, ranks_numbers_missing, ranks_table
+from mlpstorage.report.tables import BAD, FAINT, GOOD, HEAD, STATUS_STYLES, WARN, cell_text, new_table, note
 from mlpstorage.report.text import (
     NOT_AVAILABLE,
     bytes_text,
@@ -42,16 +43,6 @@ _READING_WIDTH = 100
 
 _FAILURES_SHOWN = 3
 """Verification failures that are shown one by one; the summary keeps more."""
-
-_GOOD, _BAD, _WARN, _HEAD, _FAINT = "green", "bold red", "yellow", "bold", "dim"
-
-STATUS_STYLES: Mapping[str, str] = {
-    RunStatus.RUNNING: "cyan",
-    RunStatus.COMPLETE: _GOOD,
-    RunStatus.FAILED: _BAD,
-    RunStatus.INTERRUPTED: _WARN,
-}
-"""Style of a status; one that is not ours has none."""
 
 _LATENCY_NAMES = {
     "ttft": "TTFT",
@@ -101,13 +92,15 @@ def summary_table(summary: Summary, *, metadata: Mapping[str, object]) -> Render
         body += [_trials_table(summary.trials), Text()]
     if len(summary.hosts) > 1:
         body += [_hosts_table(summary), Text()]
+    if len(summary.ranks) > 1:
+        body += [ranks_table(summary), Text()]
     body.append(_facts(summary))
     attention = list(_attention(summary, metadata))
     if attention:
         body += [Text(), *attention]
     if _numbers_missing(summary):
-        note = f"{NOT_AVAILABLE}: not measured, or too few samples (a percentile needs ten above it)"
-        body += [Text(), Text(note, style=_FAINT)]
+        missing = f"{NOT_AVAILABLE}: not measured, or too few samples (a percentile needs ten above it)"
+        body += [Text(), Text(missing, style=FAINT)]
     return _Narrow(Group(*body))
 
 
@@ -122,33 +115,20 @@ class _Narrow:
         yield from console.render(self._content, options.update(width=min(options.max_width, _READING_WIDTH)))
 
 
-def new_table(first: str, *others: str) -> Table:
-    """A table with a column of names, headed by the table's own, and columns of numbers."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style=_HEAD)
-    table.add_column(first, no_wrap=True, min_width=13)
-    for other in others:
-        table.add_column(other, justify="right", no_wrap=True, min_width=8)
-    return table
-
-
 def facts_grid() -> Table:
     """A grid of labels and texts that may be long."""
     grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style=_HEAD, no_wrap=True)
+    grid.add_column(style=HEAD, no_wrap=True)
     grid.add_column(overflow="fold")
     return grid
 
 
-def _cell(text: str) -> Text:
-    return Text(text, style=_FAINT if text in {NOT_AVAILABLE, "-"} else "")
-
-
 def _banner(summary: Summary) -> Iterator[RenderableType]:
     if summary.status is not RunStatus.COMPLETE:
-        style = STATUS_STYLES.get(summary.status, _BAD)
+        style = STATUS_STYLES.get(summary.status, BAD)
         yield Text(f"RUN {summary.status.upper()}: the numbers are PARTIAL, up to where it stopped", style=style)
     if summary.error:
-        yield Text(plain(summary.error), style=_BAD, overflow="fold")
+        yield Text(plain(summary.error), style=BAD, overflow="fold")
     if summary.status is not RunStatus.COMPLETE or summary.error:
         yield Text()
 
@@ -164,13 +144,13 @@ def _verdict(summary: Summary, metadata: Mapping[str, object]) -> Text:
         text.append(f"{ttft_text(summary)}. ")
     target = f"the target of {time_text(slo.ttft_p95_ms_target)}"
     if slo.met is None:
-        text.append(f"Too few requests were completed to tell whether TTFT p95 meets {target}.", style=_WARN)
+        text.append(f"Too few requests were completed to tell whether TTFT p95 meets {target}.", style=WARN)
     else:
         text.append("It ")
-        text.append(f"{'MEETS' if slo.met else 'MISSES'} {target}", style=_GOOD if slo.met else _BAD)
+        text.append(f"{'MEETS' if slo.met else 'MISSES'} {target}", style=GOOD if slo.met else BAD)
         text.append("." if summary.status is RunStatus.COMPLETE else ", as far as the partial numbers tell.")
     if slower_than_recompute(summary):
-        text.append(" Reading tokens from this storage was SLOWER than computing them again.", style=_BAD)
+        text.append(" Reading tokens from this storage was SLOWER than computing them again.", style=BAD)
     return text
 
 
@@ -214,25 +194,37 @@ def _storage_table(summary: Summary) -> Table:
         latency = summary.latency[latency_name]
         percentiles = (latency.p50_ms, latency.p95_ms, latency.p99_ms)
         texts = (rate, f"{ops:,}", "-" if moved_bytes is None else bytes_text(moved_bytes))
-        table.add_row(name, *map(_cell, (*texts, *map(significant, percentiles))))
+        table.add_row(name, *map(cell_text, (*texts, *map(significant, percentiles))))
     return table
 
 
 def _latency_table(summary: Summary) -> Table:
     table = new_table("Latency", "count", "mean ms", "p50 ms", "p95 ms", "p99 ms", "max ms")
+    several = len(summary.ranks) > 1
+    if several:
+        table.add_column("p95 ms of the worst rank", justify="right", no_wrap=True)
     for key, name in _LATENCY_NAMES.items():
         latency: Latency = summary.latency[key]
         values = (latency.mean_ms, latency.p50_ms, latency.p95_ms, latency.p99_ms, latency.max_ms)
-        table.add_row(name, f"{latency.count:,}", *map(_cell, map(significant, values)))
+        worst = (_worst_rank_text(latency),) if several else ()
+        table.add_row(name, f"{latency.count:,}", *map(cell_text, (*map(significant, values), *worst)))
     return table
 
 
+def _worst_rank_text(latency: Latency) -> str:
+    """The highest p95 of any rank, and which that is."""
+    highest = None if latency.highest_of_ranks is None else latency.highest_of_ranks.p95_ms
+    return NOT_AVAILABLE if highest is None else f"{significant(highest.ms)} (rank {highest.rank})"
+
+
 def _hit_table(summary: Summary) -> Table:
-    table = new_table("Cache hits", "GPU", "CPU", "storage", "total")
+    both = (summary.hit_ratio.tokens, summary.hit_ratio.blocks)
+    crosses = any(ratios.cross_rank for ratios in both)
+    table = new_table("Cache hits", "GPU", "CPU", "storage", "total", *(["of other ranks"] if crosses else []))
     for name, ratios in (("of tokens", summary.hit_ratio.tokens), ("of blocks", summary.hit_ratio.blocks)):
         tiers: TierRatios = ratios
-        texts = map(percent_text, (tiers.gpu, tiers.cpu, tiers.storage, tiers.total))
-        table.add_row(name, *map(_cell, texts))
+        shown = (tiers.gpu, tiers.cpu, tiers.storage, tiers.total, *((tiers.cross_rank,) if crosses else ()))
+        table.add_row(name, *map(cell_text, map(percent_text, shown)))
     return table
 
 
@@ -243,7 +235,7 @@ def _hosts_table(summary: Summary) -> Table:
     for host in summary.hosts:
         rates = map(significant, (host.read_gib_per_s, host.write_gib_per_s))
         done = (f"{seconds:.1f} s" for seconds in (host.first_done_s, host.last_done_s))
-        table.add_row(Text(plain(host.host)), str(host.ranks), *map(_cell, rates), *done)
+        table.add_row(Text(plain(host.host)), str(host.ranks), *map(cell_text, rates), *done)
     return table
 
 
@@ -262,6 +254,9 @@ def _facts(summary: Summary) -> Table:
         f"{window.measured_s:.1f} s measured after {window.warmup_s:.1f} s of warm-up{steady_text(window)}; "
         f"{window.drain_s:.1f} s of drain",
     )
+    if len(summary.ranks) > 1:
+        skew, error = map(significant, (summary.clock.start_skew_ms, summary.clock.max_offset_error_ms))
+        grid.add_row("Common start", f"ranks began within {skew} ms; their clocks are known to {error} ms")
     grid.add_row("TTFT is made of", parts_text(summary.ttft_parts))
     grid.add_row("Break-even", breakeven_text(breakeven))
     grid.add_row("Saved", saved_text(summary.saved))
@@ -302,7 +297,9 @@ def _trials_table(trials: Trials) -> Table:
         ("TTFT p95 ms", trials.ttft_p95_ms),
     ):
         values = (None,) * 4 if spread is None else (spread.mean, spread.min, spread.max, spread.stdev)
-        table.add_row(name, *map(_cell, map(significant, values)), _cell(percent_text(spread.cv if spread else None)))
+        table.add_row(
+            name, *map(cell_text, map(significant, values)), cell_text(percent_text(spread.cv if spread else None))
+        )
     return table
 
 
@@ -312,31 +309,32 @@ def _attention(summary: Summary, metadata: Mapping[str, object]) -> Iterator[Tex
     in_flight = summary.window.requests_in_flight_at_end
     measured_ranks, planned_ranks = sum(host.ranks for host in summary.hosts), _planned_ranks(metadata)
     if isinstance(planned_ranks, int) and measured_ranks < planned_ranks:
-        yield _note(_BAD, f"only {measured_ranks} of {planned_ranks} ranks left numbers")
+        yield note(BAD, f"only {measured_ranks} of {planned_ranks} ranks left numbers")
+    yield from rank_notes(summary)
     for style, name, count, meaning in (
-        (_BAD, "verify errors", _worst(storage, total, "verify_errors"), "reads that returned WRONG DATA"),
-        (_BAD, "I/O errors", _worst(storage, total, "io_errors"), "storage operations that failed"),
-        (_BAD, "failed requests", summary.requests.failed, "inside the window"),
-        (_WARN, "dropped writes", _worst(storage, total, "writes_dropped"), "blocks that were not stored"),
-        (_WARN, "abandoned loads", summary.requests.loads_abandoned, "they took too long and were computed instead"),
-        (_WARN, "retries", _worst(storage, total, "retries"), "storage requests that had to be sent again"),
-        (_WARN, "buffered files", _worst(storage, total, "buffered_files"), _page_cache_text(storage)),
+        (BAD, "verify errors", _worst(storage, total, "verify_errors"), "reads that returned WRONG DATA"),
+        (BAD, "I/O errors", _worst(storage, total, "io_errors"), "storage operations that failed"),
+        (BAD, "failed requests", summary.requests.failed, "inside the window"),
+        (WARN, "dropped writes", _worst(storage, total, "writes_dropped"), "blocks that were not stored"),
+        (WARN, "abandoned loads", summary.requests.loads_abandoned, "they took too long and were computed instead"),
+        (WARN, "retries", _worst(storage, total, "retries"), "storage requests that had to be sent again"),
+        (WARN, "buffered files", _worst(storage, total, "buffered_files"), _page_cache_text(storage)),
     ):
         if count:
-            yield _note(style, f"{name}: {count:,} ({meaning})")
+            yield note(style, f"{name}: {count:,} ({meaning})")
     for failure in summary.verify_failures[:_FAILURES_SHOWN]:
-        yield _note(_BAD, plain(failure))
+        yield note(BAD, plain(failure))
     if summary.requests.completed and not storage.read_ops:
-        yield _note(
-            _WARN,
+        yield note(
+            WARN,
             "nothing was read from storage inside the window: the faster tiers held all that was found; "
             "run longer, or lower --gpu-mem-gb and --cpu-mem-gb",
         )
     if summary.client.bottleneck_reason is not None:
         reason = plain(summary.client.bottleneck_reason)
-        yield _note(_WARN, f"client bottleneck: the client, not the storage, may be the limit ({reason})")
+        yield note(WARN, f"client bottleneck: the client, not the storage, may be the limit ({reason})")
     if in_flight:
-        yield _note("", f"in flight at the end of the window: {in_flight:,} (requests that are not counted)")
+        yield note("", f"in flight at the end of the window: {in_flight:,} (requests that are not counted)")
 
 
 def _page_cache_text(storage: StorageCounts) -> str:
@@ -348,10 +346,6 @@ def _page_cache_text(storage: StorageCounts) -> str:
     # Padding counts in what the page cache held, but not in the bytes read.
     part = percent_text(min(storage.page_cache_bytes / storage.read_bytes, 1.0))
     return f"the page cache is part of these numbers; of what was read it held {part} beforehand"
-
-
-def _note(style: str, text: str) -> Text:
-    return Text(f"! {text}", style=style)
 
 
 def _worst(window: StorageCounts, total: StorageCounts, name: str) -> int:
@@ -375,7 +369,9 @@ def _numbers_missing(summary: Summary) -> bool:
     )
     # A burst has a line of its own, which is left out; that there is no verdict is said in words.
     not_shown = {"p90_ms", "p999_ms", "page_cache_bytes", "p99_gib", "read_peak_gib_per_s", "read_burst_ratio", "met"}
+    not_shown.add("highest_of_ranks")
     shown_missing = (value is None for group in groups for name, value in group if name not in not_shown)
     client, saved = summary.client, summary.saved
     of_client = (client.cpu_ms_per_gib, client.payload_cpu_share, client.cpu_wait_s, client.loop_lag_p99_ms)
-    return any(shown_missing) or None in of_client or (saved.requests > 0 and saved.p50_ms is None)
+    of_ranks = len(summary.ranks) > 1 and ranks_numbers_missing(summary, _LATENCY_NAMES)
+    return any(shown_missing) or None in of_client or (saved.requests > 0 and saved.p50_ms is None) or of_ranks

@@ -8,15 +8,18 @@ from mlpstorage.measure.reuse import percentile_of
 from mlpstorage.results.adding import added, added_buckets, joined_digest, ratio, sum_or_none
 from mlpstorage.results.models import (
     LATENCIES,
+    IncompleteRank,
     RankResult,
     Reuse,
     StorageCounts,
     TierCounts,
     TtftCounts,
 )
+from mlpstorage.results.rank_table import rank_summaries, stragglers
 from mlpstorage.results.summary import (
     BreakEven,
     Client,
+    Clock,
     HitRatio,
     HostSummary,
     Latency,
@@ -60,6 +63,7 @@ def merge_ranks(
     block_tokens: int,
     ttft_p95_ms_target: float,
     trials: Trials | None = None,
+    incomplete_ranks: Sequence[IncompleteRank] = (),
 ) -> Summary:
     """The summary of a run.
 
@@ -69,6 +73,7 @@ def merge_ranks(
         block_tokens: Tokens of a block.
         ttft_p95_ms_target: Target of the verdict, in ms.
         trials: How much the trials differ; None where there was one.
+        incomplete_ranks: Those without a final result; what they told last may be among `ranks`.
 
     Raises:
         ValueError: `ranks` is empty or mixes runs.
@@ -90,6 +95,8 @@ def merge_ranks(
         workload_digest=joined_digest([rank.workload_digest for rank in ordered]),
         operations_digest=joined_digest([rank.operations_digest for rank in ordered]),
         trials=trials,
+        incomplete_ranks=tuple(incomplete_ranks),
+        clock=_clock(ordered),
         window=window,
         requests=_request_rates(ordered, window.measured_s),
         hit_ratio=_hit_ratio(ordered),
@@ -112,6 +119,16 @@ def merge_ranks(
         dropped_page_cache_bytes=sum_or_none(rank.dropped_page_cache_bytes for rank in ordered),
         reuse=_reuse(ordered),
         hosts=_hosts(ordered, window.measured_s),
+        ranks=rank_summaries(ordered, window.measured_s),
+        stragglers=stragglers(ordered),
+    )
+
+
+def _clock(ranks: Sequence[RankResult]) -> Clock:
+    late_ns = [rank.clock.start_late_ns for rank in ranks]
+    return Clock(
+        max_offset_error_ms=max(rank.clock.offset_error_ns for rank in ranks) / 1e6,
+        start_skew_ms=(max(late_ns) - min(late_ns)) / 1e6,
     )
 
 
@@ -142,20 +159,25 @@ def _request_rates(ranks: Sequence[RankResult], measured_s: float) -> RequestRat
 def _hit_ratio(ranks: Sequence[RankResult]) -> HitRatio:
     return HitRatio(
         tokens=_tier_ratios(
-            [rank.requests.cached_tokens for rank in ranks], sum(rank.requests.prompt_tokens for rank in ranks)
+            [rank.requests.cached_tokens for rank in ranks],
+            sum(rank.requests.prompt_tokens for rank in ranks),
+            sum(rank.requests.cross_rank_tokens for rank in ranks),
         ),
         blocks=_tier_ratios(
-            [rank.requests.hit_blocks for rank in ranks], sum(rank.requests.prompt_blocks for rank in ranks)
+            [rank.requests.hit_blocks for rank in ranks],
+            sum(rank.requests.prompt_blocks for rank in ranks),
+            sum(rank.requests.cross_rank_blocks for rank in ranks),
         ),
     )
 
 
-def _tier_ratios(found: Sequence[TierCounts], whole: int) -> TierRatios:
+def _tier_ratios(found: Sequence[TierCounts], whole: int, cross_rank: int) -> TierRatios:
     return TierRatios(
         gpu=ratio(sum(counts.gpu for counts in found), whole),
         cpu=ratio(sum(counts.cpu for counts in found), whole),
         storage=ratio(sum(counts.storage for counts in found), whole),
         total=ratio(sum(counts.total for counts in found), whole),
+        cross_rank=ratio(cross_rank, whole),
     )
 
 
@@ -178,11 +200,12 @@ def _reuse(ranks: Sequence[RankResult]) -> Reuse | None:
 
 
 def _latency(ranks: Sequence[RankResult]) -> dict[str, Latency]:
-    names = dict.fromkeys((*LATENCIES, *(name for rank in ranks for name in rank.latency)))
-    return {
-        name: Latency.of(Histogram.merged(rank.latency[name].restore() for rank in ranks if name in rank.latency))
-        for name in names
-    }
+    latency: dict[str, Latency] = {}
+    for name in dict.fromkeys((*LATENCIES, *(name for rank in ranks for name in rank.latency))):
+        of_ranks = {rank.rank: rank.latency[name].restore() for rank in ranks if name in rank.latency}
+        # The highest of one rank among several says something even where the others have no samples.
+        latency[name] = Latency.of(Histogram.merged(of_ranks.values()), of_ranks if len(ranks) > 1 else None)
+    return latency
 
 
 def _client(ranks: Sequence[RankResult], storage: StorageCounts) -> Client:
@@ -338,10 +361,14 @@ def _by_host(ranks: Sequence[RankResult]) -> dict[str, list[RankResult]]:
 
 
 def _hosts(ranks: Sequence[RankResult], measured_s: float) -> tuple[HostSummary, ...]:
-    """Each host's share, in order of its first rank. Rates divide by the run's window, so that they add up."""
+    """Each host's share, in order of its first rank. Rates divide by the run's window, so that they add up.
+
+    All warm-ups began at the same moment: what follows on a rank counts from there, and so can be compared.
+    """
     summaries = []
+    window_s = min(rank.window.warmup_s for rank in ranks)
     for host, on_host in _by_host(ranks).items():
-        done_s = [rank.window.measured_s + rank.window.drain_s for rank in on_host]
+        done_s = [rank.window.warmup_s + rank.window.measured_s + rank.window.drain_s - window_s for rank in on_host]
         storage = _storage_sum(rank.storage for rank in on_host)
         summaries.append(
             HostSummary(

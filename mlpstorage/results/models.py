@@ -76,11 +76,24 @@ class RankWindow(Record):
     requests_in_flight_at_end: int
 
 
+class RankClock(Record):
+    """This rank's clock and that of rank 0, and how well it kept the common start.
+
+    `offset_ns` is how far rank 0's clock was ahead before the start, `offset_error_ns` the most that it can be wrong.
+    `start_late_ns` is how much later than at the agreed moment the rank began.
+    """
+
+    offset_ns: int
+    offset_error_ns: int
+    start_late_ns: int
+
+
 class RequestCounts(Record):
     """Requests whose answer was complete inside the window, and what was found for them.
 
     Of those, `loads_skipped` computed what storage held because it was too little, `loads_abandoned` because loading it
-    took too long; neither is part of what was found.
+    took too long; neither is part of what was found. `cross_rank_tokens` and `cross_rank_blocks` are those of what was
+    found on storage that another rank had written.
     """
 
     completed: int
@@ -92,6 +105,8 @@ class RequestCounts(Record):
     prompt_blocks: int
     cached_tokens: TierCounts
     hit_blocks: TierCounts
+    cross_rank_tokens: int
+    cross_rank_blocks: int
 
 
 class TtftCounts(Record):
@@ -150,7 +165,8 @@ class StorageCounts(Record):
 
     Operations and bytes are of objects, one a kv rank; `writes_dropped` and `writes_deferred` are blocks.
     `page_cache_bytes` is the part of what was read that can have come from the page cache, padding included; None where
-    that is not known of some read. `writes_deferred` were not stored because it was their first use.
+    that is not known of some read. `writes_deferred` were not stored because it was their first use. `exists_ops` are
+    objects that were looked for, `reads_gone` and `deletes_gone` those that another rank had deleted meanwhile.
     """
 
     read_bytes: int
@@ -171,6 +187,9 @@ class StorageCounts(Record):
     writes_dropped: int
     writes_deferred: int
     dedup_skipped_bytes: int
+    exists_ops: int
+    reads_gone: int
+    deletes_gone: int
 
 
 class RankClient(Record):
@@ -228,6 +247,17 @@ class RankError(Record):
     message: str
 
 
+class IncompleteRank(Record):
+    """A rank that left no final result, and when it was last heard of, in seconds since the common start.
+
+    `host` and `last_seen_s` are None where it was never heard of.
+    """
+
+    rank: int
+    host: str | None
+    last_seen_s: float | None
+
+
 LATENCIES = (
     "ttft",
     "ttft_without_storage",
@@ -243,6 +273,7 @@ LATENCIES = (
     "storage_sync",
     "queue_wait",
     "write_behind",
+    "existence_check",
 )
 """The latencies that every rank records."""
 
@@ -258,6 +289,7 @@ class RankResult(Record):
     error: RankError | None
     workload_digest: str
     operations_digest: str
+    clock: RankClock
     window: RankWindow
     requests: RequestCounts
     first_tokens: TtftCounts

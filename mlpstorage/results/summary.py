@@ -1,10 +1,13 @@
 """The shapes of `summary.json`, frozen; unknown keys are refused. `docs/numbers.md` defines each number."""
 
+from collections.abc import Mapping
+
 from mlpstorage.config import BENCHMARK_TYPES, RunStatus
 from mlpstorage.measure.histogram import Histogram, SignedHistogram
 from mlpstorage.results.models import (
     SCHEMA_VERSION,
     HistogramData,
+    IncompleteRank,
     Record,
     Reuse,
     SignedHistogramData,
@@ -12,8 +15,44 @@ from mlpstorage.results.models import (
 )
 
 
+class RankPercentile(Record):
+    """A percentile of one rank's samples."""
+
+    rank: int
+    ms: float
+
+
+class HighestOfRanks(Record):
+    """The highest percentile of any one rank, and whose; None where no rank has samples enough for it."""
+
+    p50_ms: RankPercentile | None
+    p90_ms: RankPercentile | None
+    p95_ms: RankPercentile | None
+    p99_ms: RankPercentile | None
+    p999_ms: RankPercentile | None
+
+    @classmethod
+    def of(cls, histograms: Mapping[int, Histogram]) -> "HighestOfRanks":
+        """The highest among the histograms of ranks."""
+
+        def highest(percent: float) -> RankPercentile | None:
+            values = {rank: histogram.percentile_ns(percent) for rank, histogram in histograms.items()}
+            known = [(value_ns, -rank) for rank, value_ns in values.items() if value_ns is not None]
+            if not known:
+                return None
+            value_ns, negative_rank = max(known)
+            return RankPercentile(rank=-negative_rank, ms=round(value_ns / 1e6, 6))
+
+        return cls(
+            p50_ms=highest(50), p90_ms=highest(90), p95_ms=highest(95), p99_ms=highest(99), p999_ms=highest(99.9)
+        )
+
+
 class Latency(Record):
-    """A latency in milliseconds. A percentile is None where fewer than ten samples lie above it."""
+    """A latency in milliseconds. A percentile is None where fewer than ten samples lie above it.
+
+    The percentiles are of the samples of all ranks together; `highest_of_ranks` is None with a single rank.
+    """
 
     count: int
     mean_ms: float | None
@@ -24,11 +63,12 @@ class Latency(Record):
     p99_ms: float | None
     p999_ms: float | None
     max_ms: float | None
+    highest_of_ranks: HighestOfRanks | None
     histogram: HistogramData
 
     @classmethod
-    def of(cls, histogram: Histogram) -> "Latency":
-        """The figures of `histogram`."""
+    def of(cls, histogram: Histogram, of_ranks: Mapping[int, Histogram] | None = None) -> "Latency":
+        """The figures of `histogram`, which pools those of the ranks."""
 
         def ms(value_ns: float | None) -> float | None:
             return None if value_ns is None else round(value_ns / 1e6, 6)
@@ -43,6 +83,7 @@ class Latency(Record):
             p99_ms=ms(histogram.percentile_ns(99)),
             p999_ms=ms(histogram.percentile_ns(99.9)),
             max_ms=ms(histogram.max_ns),
+            highest_of_ranks=None if of_ranks is None or len(of_ranks) == 1 else HighestOfRanks.of(of_ranks),
             histogram=HistogramData.of(histogram),
         )
 
@@ -74,12 +115,13 @@ class RequestRates(Record):
 
 
 class TierRatios(Record):
-    """Part of the prompt that each tier held, 0 to 1."""
+    """Part of the prompt that each tier held, 0 to 1; `cross_rank` is that of `storage` which another rank wrote."""
 
     gpu: float | None
     cpu: float | None
     storage: float | None
     total: float | None
+    cross_rank: float | None
 
 
 class HitRatio(Record):
@@ -216,8 +258,37 @@ class Trials(Record):
     ttft_p95_ms: Spread | None
 
 
+class Clock(Record):
+    """How common the common start was: most that a rank's clock may be off, and how far apart ranks really began."""
+
+    max_offset_error_ms: float
+    start_skew_ms: float
+
+
+class RankSummary(Record):
+    """One rank's share, for a table; its rates divide by the run's window, so that they add up."""
+
+    rank: int
+    host: str
+    status: RunStatus
+    requests_completed: int
+    hit_ratio_tokens: float | None
+    read_gib_per_s: float | None
+    write_gib_per_s: float | None
+    ttft_p95_ms: float | None
+    storage_read_p50_ms: float | None
+
+
+class Straggler(Record):
+    """A rank that is far from the others, and in what."""
+
+    rank: int
+    host: str
+    reason: str
+
+
 class HostSummary(Record):
-    """One host's share. Times count from the start of its ranks' measured window."""
+    """One host's share. Times count from the start of the common window, by the clock of rank 0."""
 
     host: str
     ranks: int
@@ -238,6 +309,8 @@ class Summary(Record):
     workload_digest: str
     operations_digest: str
     trials: Trials | None
+    incomplete_ranks: tuple[IncompleteRank, ...]
+    clock: Clock
     window: Window
     requests: RequestRates
     hit_ratio: HitRatio
@@ -254,3 +327,5 @@ class Summary(Record):
     dropped_page_cache_bytes: int | None
     reuse: Reuse | None
     hosts: tuple[HostSummary, ...]
+    ranks: tuple[RankSummary, ...]
+    stragglers: tuple[Straggler, ...]

@@ -8,6 +8,7 @@ from mlpstorage.results.adding import added, added_buckets, joined_digest, sum_o
 from mlpstorage.results.models import (
     HistogramData,
     RankClient,
+    RankClock,
     RankResult,
     RankWindow,
     RequestCounts,
@@ -78,6 +79,11 @@ def _pooled_rank(results: Sequence[RankResult]) -> RankResult:
         update={
             "workload_digest": _one_digest([one.workload_digest for one in results]),
             "operations_digest": _one_digest([one.operations_digest for one in results]),
+            "clock": RankClock(
+                offset_ns=last.clock.offset_ns,
+                offset_error_ns=max(one.clock.offset_error_ns for one in results),
+                start_late_ns=max(one.clock.start_late_ns for one in results),
+            ),
             "window": RankWindow(
                 start_unix_s=windows[0].start_unix_s,
                 warmup_s=sum(one.warmup_s for one in windows),

@@ -8,18 +8,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from mlpstorage.config import EXEC_TYPE
+from mlpstorage.config import EXEC_TYPE, CacheScope, Decisions, Layout
 from mlpstorage.errors import UsageError
 from mlpstorage.spec.fields import Option, number_text
 from mlpstorage.spec.hosts import Host, parse_hosts
 from mlpstorage.spec.profiles import values_beside
 from mlpstorage.spec.storage import StorageSpec, levels_text
-from mlpstorage.spec.workload import mix_text
+from mlpstorage.spec.workload import TIERS, mix_text
 
 DISTRIBUTED = "Distributed execution"
 OUTPUT = "Output"
+
+_UNSHARED: Mapping[Layout, str] = {
+    Layout.SLAB: "keeps its index in the memory of one process",
+    Layout.BUCKET: "keeps its index in the memory of one process",
+    Layout.NULL: "stores nothing that another rank could find",
+}
+"""Why ranks cannot share a layout."""
 
 DEFAULT_RESULTS_DIR = Path("mlpstorage-results")
 
@@ -48,6 +55,14 @@ class KVCacheSpec(StorageSpec):
             rank=False,
         ),
     ] = None
+    cache_scope: Annotated[
+        CacheScope,
+        Field(
+            description="whose blocks a rank finds on storage; private: its own; shared: those of all ranks, in one "
+            "directory of a file system that all hosts share, or one prefix of a bucket (layouts file and object)"
+        ),
+        Option(flags=("--cache-scope",), group=TIERS),
+    ] = CacheScope.PRIVATE
     mpi_bin: Annotated[
         str,
         Field(min_length=1, description="MPI launcher: mpirun, mpiexec or a path"),
@@ -95,6 +110,30 @@ class KVCacheSpec(StorageSpec):
     def parsed_hosts(self) -> tuple[Host, ...]:
         """The hosts, ranges and lists expanded."""
         return parse_hosts(self.hosts)
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks there are."""
+        return self.num_processes or sum(host.slots or 1 for host in self.parsed_hosts)
+
+    @property
+    def shares_cache(self) -> bool:
+        """Whether all ranks use one cache on storage."""
+        return self.cache_scope is CacheScope.SHARED
+
+    @model_validator(mode="after")
+    def _scope_fits(self) -> "KVCacheSpec":
+        if not self.shares_cache:
+            return self
+        why = _UNSHARED.get(self.store_layout)
+        if why is not None:
+            raise ValueError(f"--cache-scope shared: layout {self.store_layout} {why}; use --layout file or object")
+        if self.decisions is Decisions.ARRIVAL and self.ranks > 1:
+            raise ValueError(
+                "--decisions arrival: with --cache-scope shared needs one rank: what a rank finds hangs on when others "
+                "have written it"
+            )
+        return self
 
     @field_validator("hosts", mode="before")
     @classmethod

@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer, field_validator, model_validator
 
-from mlpstorage.config import WORKLOADS, Arrivals, TouchOrder, TraceFormat
+from mlpstorage.config import WORKLOADS, Arrivals, Placement, TouchOrder, TraceFormat
 from mlpstorage.spec.compute import BOTH, WORKLOAD, ComputeSpec
 from mlpstorage.spec.fields import Option, number_text
 from mlpstorage.storage.location import S3Location, parse_location
@@ -127,6 +127,15 @@ class WorkloadSpec(ComputeSpec):
             default_text=f"the trace's own, else {DEFAULT_BLOCK_TOKENS}",
         ),
     ] = None
+    placement: Annotated[
+        Placement,
+        Field(
+            description="which rank serves a request; session: all of a session the same; round-robin: one after the "
+            "other (of sessions that wait for their answers, session after session); prefix: that of the prompt's "
+            "beginning, so that equal ones meet"
+        ),
+        Option(flags=("--placement",), group=WORKLOAD),
+    ] = Placement.SESSION
     disable_multi_turn: Annotated[
         bool,
         Field(description="every request of a synthetic user begins a new session"),
@@ -275,6 +284,21 @@ class WorkloadSpec(ComputeSpec):
         elif self.enable_rag or self.workload != CHAT_ONLY:
             flag = "--enable-rag" if self.enable_rag else "--workload"
             raise ValueError(f"{flag}: is for synthetic users; a trace brings its own requests")
+        return self
+
+    @model_validator(mode="after")
+    def _requests_can_be_placed(self) -> "WorkloadSpec":
+        if self.trace is not None or self.placement is Placement.SESSION:
+            return self
+        if self.placement is Placement.PREFIX:
+            raise ValueError(
+                "--placement prefix: needs --trace; synthetic users begin with the few system prompts of their profile"
+            )
+        if self.request_rate is None:
+            raise ValueError(
+                f"--placement {self.placement}: synthetic users in a closed loop stay with their rank; "
+                "needs --trace or --request-rate"
+            )
         return self
 
     @model_validator(mode="after")

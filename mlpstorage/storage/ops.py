@@ -1,6 +1,7 @@
 """Operations that are handed to an I/O engine, what comes back, and what an I/O engine is."""
 
 import enum
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -72,6 +73,19 @@ Chain = Sequence[Op]
 """Operations that are done in order, one after the other."""
 
 OnDone = Callable[[list[OpDone]], None]
+
+
+_NEED_AN_OBJECT = frozenset({OpKind.READ, OpKind.DELETE, OpKind.SYNC})
+
+
+def is_gone(done: OpDone) -> bool:
+    """Whether an operation failed because its object is not there (any more), as one that another rank deleted.
+
+    A file that another client of a network file system deletes while it is open here may fail with ESTALE.
+    """
+    if not isinstance(done.error, OSError) or done.op.kind not in _NEED_AN_OBJECT:
+        return False
+    return isinstance(done.error, FileNotFoundError) or done.error.errno == errno.ESTALE
 
 
 class OperationSkippedError(Exception):

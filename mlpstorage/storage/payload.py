@@ -102,17 +102,23 @@ class WriteNumbers:
     They begin anywhere, so that what an earlier run left is not taken for what this one wrote. A read of an object
     whose number is not known (it was there before the rank began) must find one number in all pages, and that is then
     the object's. About 150 bytes an object.
+
+    Args:
+        shared: Other ranks write the same objects: no number is remembered, since the next read may find another's.
     """
 
-    __slots__ = ("_next", "_of")
+    __slots__ = ("_next", "_of", "_shared")
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = False) -> None:
+        self._shared = shared
         self._next = itertools.count(secrets.randbits(_WRITE_SHIFT))
         self._of: dict[int, int] = {}
 
     def begin(self, object_id: int) -> int:
         """The number of a new write of an object, 0 to 2^32 - 1."""
-        number = self._of[object_id] = next(self._next) & _WRITE_MASK
+        number = next(self._next) & _WRITE_MASK
+        if not self._shared:
+            self._of[object_id] = number
         return number
 
     def of(self, object_id: int) -> int | None:
@@ -121,7 +127,8 @@ class WriteNumbers:
 
     def learn(self, object_id: int, number: int) -> None:
         """Take the number that a read has found as an object's, where none is known."""
-        self._of.setdefault(object_id, number)
+        if not self._shared:
+            self._of.setdefault(object_id, number)
 
     def forget(self, object_id: int) -> None:
         """An object is gone."""

@@ -15,7 +15,7 @@ from mlpstorage.config import PAGE_BYTES
 from mlpstorage.storage.base import BlockStore, Capabilities, aligned_memory
 from mlpstorage.storage.descriptor import DescriptorStore
 from mlpstorage.storage.keys import ObjectKeys
-from mlpstorage.testing.content import make_content
+from mlpstorage.testing.content import difference, make_content
 
 if TYPE_CHECKING:
     from mlpstorage.testing.suite_hooks import StoreHooks
@@ -98,6 +98,20 @@ class StoreProcess:
         self.tell("write", list(object_ids), version)
         assert [self.answer() for _ in object_ids] == list(object_ids)
 
+    def delete(self, object_ids: Sequence[int]) -> None:
+        """Have objects deleted; returns when all are."""
+        assert self.ask("delete", list(object_ids)) == list(object_ids)
+
+    def problems(self, object_ids: Sequence[int], version: int = 0) -> list[str | None]:
+        """What of objects is not as it was written, read there; None for each that is."""
+        problems: list[str | None] = self.ask("check", list(object_ids), version)
+        return problems
+
+    def exists(self, object_ids: Sequence[int]) -> list[bool]:
+        """What `exists` says there."""
+        there: list[bool] = self.ask("exists", list(object_ids))
+        return there
+
     def kill(self) -> list[Any]:
         """Kill the process (SIGKILL) and wait for its end; returns the answers that nobody has read yet.
 
@@ -121,6 +135,9 @@ def serve() -> None:
     ["open"] opens the store and answers with its capabilities.
     ["write", ids, version] answers with each id as soon as its object is written.
     ["half", id, version] begins to write an object and writes the first half of its bytes.
+    ["delete", ids] answers with the ids when all are deleted.
+    ["check", ids, version] answers with what is wrong with each of the objects, null where nothing is.
+    ["exists", ids] answers with what the store says.
     """
     wanted = json.loads(sys.argv[1])
     keys = ObjectKeys(*wanted["namespaces"])
@@ -140,6 +157,14 @@ def serve() -> None:
             case ["half", object_id, version]:
                 memory[:] = make_content(keys, object_id, store.stored_bytes, version)
                 _answer(write_half(store, object_id, memory))
+            case ["delete", ids]:
+                for object_id in ids:
+                    store.delete(object_id)
+                _answer(ids)
+            case ["check", ids, version]:
+                _answer([_problem(store, keys, object_id, version, memory) for object_id in ids])
+            case ["exists", ids]:
+                _answer(store.exists(ids))
             case command:
                 raise ValueError(f"{command} is no command")
 
@@ -150,6 +175,16 @@ def write_half(store: BlockStore, object_id: int, memory: memoryview) -> int:
     transfer = store.begin_write(object_id)
     half_bytes = memory.nbytes // PAGE_BYTES // 2 * PAGE_BYTES
     return os.pwritev(transfer.descriptor, (memory[:half_bytes],), transfer.offset_bytes)
+
+
+def _problem(store: BlockStore, keys: ObjectKeys, object_id: int, version: int, memory: memoryview) -> str | None:
+    """What is wrong with an object."""
+    memory[:] = bytes(memory.nbytes)
+    try:
+        store.read(object_id, memory)
+    except FileNotFoundError:
+        return "it is not there"
+    return difference(memory, make_content(keys, object_id, store.stored_bytes, version))
 
 
 def _load_suite(path: Path, name: str) -> "StoreHooks":

@@ -190,6 +190,58 @@ class PlaceTests(StoreHooks):
             process.ask("half", 3, 0)
             assert_gone(store, [3])
 
+    def test_processes_share_their_objects(
+        self, open_store: OpenStore, process: StoreProcess, keys: ObjectKeys
+    ) -> None:
+        """Either process finds, reads and replaces what the other has written."""
+        store = open_store()
+        requires(store.capabilities, "shared")
+        process.open()
+        process.write([1, 2])
+        write(store, keys, [3, 4])
+        assert store.exists([1, 2, 3, 4, 5]) == process.exists([1, 2, 3, 4, 5]) == [True, True, True, True, False]
+        assert_holds(store, keys, [1, 2])
+        assert process.problems([3, 4]) == [None, None]
+        process.write([3], 1)
+        write(store, keys, [1], 1)
+        assert_holds(store, keys, [3], 1)
+        assert process.problems([1], 1) == [None]
+
+    def test_deleted_by_another_process(self, open_store: OpenStore, process: StoreProcess, keys: ObjectKeys) -> None:
+        """What the other process deletes is gone here, whoever wrote it, and can be written again."""
+        store = open_store()
+        requires(store.capabilities, "shared")
+        process.open()
+        process.write([1, 2])
+        write(store, keys, [3, 4])
+        assert_holds(store, keys, [1])
+        process.delete([1, 3])
+        assert_unseen(store, [1, 3])
+        with pytest.raises(FileNotFoundError):
+            store.delete(1)
+        store.delete(2)
+        assert process.problems([2, 4]) == ["it is not there", None]
+        assert sorted(store.listing().object_ids) == [4]
+        write(store, keys, [1, 3], 2)
+        assert process.problems([1, 3], 2) == [None, None]
+
+    def test_written_by_two_processes_at_once(
+        self, open_store: OpenStore, process: StoreProcess, keys: ObjectKeys
+    ) -> None:
+        """Reads meanwhile and at the end get the whole object of one of them; nothing is left over."""
+        store = open_store()
+        requires(store.capabilities, "shared", "holds_data")
+        process.open()
+        write(store, keys, [1], 2)
+        process.tell("write", [1] * self.rounds, 1)
+        for _ in range(self.rounds):
+            write(store, keys, [1], 2)
+            _assert_one_of(store, keys, 1, [1, 2])
+            assert process.answer() == 1
+        _assert_one_of(store, keys, 1, [1, 2])
+        found = store.listing()
+        assert (found.object_ids, found.damaged, found.foreign) == ((1,), 0, 0)
+
     def test_killed_in_the_middle_of_a_write(
         self, open_store: OpenStore, process: StoreProcess, keys: ObjectKeys, place: Path
     ) -> None:

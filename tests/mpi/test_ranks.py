@@ -127,6 +127,85 @@ def test_percentiles_are_of_the_pooled_samples(result: tuple[Path, dict[str, Any
     assert low_ns <= summary["latency"]["storage_write"]["p50_ms"] * 1e6 <= low_ns + 2**exponent
 
 
+def test_p99_is_of_the_pooled_samples_and_the_worst_rank_stands_beside_it(result: tuple[Path, dict[str, Any]]) -> None:
+    """Of the wait in the queue, which has samples enough: both found by this test in the rank files."""
+    directory, summary = result
+    of_ranks = [
+        {int(bucket): count for bucket, count in rank["latency"]["queue_wait"]["counts"].items()}
+        for rank in ranks_of(directory)
+    ]
+    pooled = {bucket: sum(one.get(bucket, 0) for one in of_ranks) for bucket in set().union(*of_ranks)}
+    found = summary["latency"]["queue_wait"]
+    assert found["count"] == sum(pooled.values())
+    for name, percent in (("p50_ms", 50), ("p95_ms", 95), ("p99_ms", 99)):
+        low_ns, high_ns = bounds_ns(*nearest(pooled, percent))
+        assert found[name] is None or low_ns <= found[name] * 1e6 <= high_ns
+        assert (found[name] is None) == (nearest(pooled, percent)[1] < 10)
+        own = [nearest(one, percent) for one in of_ranks]
+        known = [bucket for bucket, above in own if above >= 10]
+        highest = found["highest_of_ranks"][name]
+        assert (highest is None) == (not known)
+        if highest is not None:
+            low_ns, high_ns = bounds_ns(max(known), 0)
+            assert low_ns <= highest["ms"] * 1e6 <= high_ns
+            assert own[highest["rank"]][0] == max(known)
+    assert found["p50_ms"] is not None
+
+
+def nearest(counts: dict[int, int], percent: int) -> tuple[int, int]:
+    """The bucket of the nearest rank, and how many samples rank above it."""
+    total, seen = sum(counts.values()), 0
+    wanted = -(-total * percent // 100)
+    for bucket in sorted(counts):
+        seen += counts[bucket]
+        if seen >= wanted:
+            return bucket, total - wanted
+    raise AssertionError("no samples")
+
+
+def bounds_ns(bucket: int, _above: int) -> tuple[int, int]:
+    """Values of a bucket: exact below 256 ns, then seven bits of mantissa below an exponent."""
+    if bucket < 256:
+        return bucket, bucket
+    exponent = bucket // 128 - 1
+    low_ns = (bucket - exponent * 128) * 2**exponent
+    return low_ns, low_ns + 2**exponent
+
+
+def test_ranks_of_one_machine_find_that_their_clocks_are_one(result: tuple[Path, dict[str, Any]]) -> None:
+    """Both read the kernel's monotonic clock, so that the true offset is 0: the bound holds, and is not idle."""
+    directory, summary = result
+    first, second = (rank["clock"] for rank in ranks_of(directory))
+    assert (first["offset_ns"], first["offset_error_ns"]) == (0, 0)
+    assert abs(second["offset_ns"]) <= second["offset_error_ns"] < 1e9
+    assert second["offset_error_ns"] > 0
+    assert summary["clock"]["max_offset_error_ms"] == second["offset_error_ns"] / 1e6
+    late_ns = [first["start_late_ns"], second["start_late_ns"]]
+    assert min(late_ns) >= 0
+    assert summary["clock"]["start_skew_ms"] == (max(late_ns) - min(late_ns)) / 1e6
+
+
+def test_lines_of_all_ranks_are_in_the_time_series(result: tuple[Path, dict[str, Any]]) -> None:
+    """Both ranks have one a second; all ranks reported, and none is marked incomplete."""
+    directory, summary = result
+    lines = [json.loads(line) for line in (directory / "timeseries.jsonl").read_text().splitlines()]
+    assert {line["rank"] for line in lines} == {0, 1}
+    assert summary["incomplete_ranks"] == []
+    assert [row["rank"] for row in summary["ranks"]] == [0, 1]
+
+
+def test_ranks_end_a_steady_warm_up_together(tmp_path: Path) -> None:
+    """Hit ratios of both are steady at the same span: their windows begin at one moment, a span's end and a lead on."""
+    directory, summary = two_ranks(
+        tmp_path, "--duration", "1", "--warmup", "steady", "--cpu-mem-gb", "0", "--layout", "null"
+    )
+    warmups_s = [rank["window"]["warmup_s"] for rank in ranks_of(directory)]
+    assert max(warmups_s) - min(warmups_s) < 0.5
+    assert 15 <= min(warmups_s) < 600
+    assert summary["window"]["warmup_steady"] is True
+    assert min(warmups_s) % 5 < 2
+
+
 def test_metadata_names_ranks_and_hosts(result: tuple[Path, dict[str, Any]]) -> None:
     """Metadata says how the ranks were started and where they ran, and by which MPI."""
     directory, summary = result

@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlpstorage.config import Arrivals
+from mlpstorage.config import Arrivals, Placement
 from mlpstorage.errors import ConfigurationError
 from mlpstorage.kvcache.request import Request
 from mlpstorage.kvcache.traces import Trace, open_trace
@@ -26,6 +26,7 @@ PLAYS = st.builds(
     time_scale=st.floats(0.01, 10),
     max_requests=st.none() | st.integers(1, 40),
     seed=st.integers(0, 5),
+    placement=st.sampled_from(Placement),
 )
 TIMES = st.sampled_from([{}, {"spread_s": 2.5}, {"request_rate_per_s": 3.0}])
 
@@ -49,14 +50,23 @@ def shares(trace: Trace, play: TracePlay, ranks: int) -> list[list[Request]]:
 
 
 def check(trace: Trace, play: TracePlay, ranks: int, planned: int) -> None:
-    """All ranks together play what one alone plays, each session on one rank, and the right number."""
+    """All ranks together play what one alone plays, the right number, and each request where it is placed."""
     together = shares(trace, play, ranks)
     (alone,) = shares(trace, play, 1)
     assert Counter(one for share in together for one in share) == Counter(alone)
     assert len(alone) == min(planned, play.max_requests or planned)
-    if play.arrivals is Arrivals.OPEN:
-        sessions = [{one.user for one in share} for share in together]
-        assert sum(map(len, sessions)) == len(set.union(*sessions))
+    if play.arrivals is not Arrivals.OPEN:
+        return
+    match play.placement:
+        case Placement.SESSION:
+            sessions = [{one.user for one in share} for share in together]
+            assert sum(map(len, sessions)) == len(set.union(*sessions))
+        case Placement.ROUND_ROBIN:
+            assert together == [alone[rank::ranks] for rank in range(ranks)]
+        case _:
+            most = max(1024 // play.block_tokens, 1)
+            beginnings = [{one.block_ids[:most] for one in share if len(one.block_ids) >= most} for share in together]
+            assert sum(map(len, beginnings)) == len(set.union(*beginnings))
 
 
 @deterministic

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from mlpstorage.errors import ConfigurationError, MissingFileError, UsageError
-from mlpstorage.launch.mpi import find_mpi, mpi_command, mpi_environment, split_mpi_params
+from mlpstorage.launch.mpi import (
+    Dialect,
+    check_root,
+    dialect_of,
+    find_mpi,
+    mpi_command,
+    mpi_environment,
+    mpi_library,
+    split_mpi_params,
+    version_line,
+)
 from mlpstorage.spec.hosts import parse_hosts
 
 PROGRAM = ["python", "-m", "mpi4py", "-m", "rank"]
@@ -64,6 +74,125 @@ def test_options_follow_in_order() -> None:
     assert words == [*prefix, *options, "python", "-c", "print('a b')"]
 
 
+OPEN_MPI_WORDS = (
+    "mpirun -n 5 -host a:3,b:2 --bind-to none --map-by node --oversubscribe --allow-run-as-root --tag x "
+    "-x OPENBLAS_NUM_THREADS=1 -x MPI4PY_LIBMPI=/opt/lib/libmpi.so"
+)
+MPICH_WORDS = (
+    "mpirun -n 5 -hosts a:3,b:2 -bind-to none --tag x "
+    "-genv OPENBLAS_NUM_THREADS 1 -genv MPI4PY_LIBMPI /opt/lib/libmpi.so"
+)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "expected"),
+    [
+        (Dialect.OPEN_MPI_4, OPEN_MPI_WORDS),
+        (Dialect.OPEN_MPI_5, OPEN_MPI_WORDS),
+        (
+            Dialect.MPICH,
+            MPICH_WORDS,
+        ),
+    ],
+)
+def test_each_dialect_has_its_words(dialect: Dialect, expected: str) -> None:
+    """The exact argv of each launcher, with every option; a variable that the parameters set is left to them."""
+    words = mpi_command(
+        mpi_bin="mpirun",
+        num_processes=5,
+        hosts=parse_hosts(["a", "b"]),
+        oversubscribe=True,
+        allow_run_as_root=True,
+        mpi_params=["--tag", "x"],
+        program=PROGRAM,
+        dialect=dialect,
+        environment={"OPENBLAS_NUM_THREADS": "1", "MPI4PY_LIBMPI": "/opt/lib/libmpi.so"},
+    )
+    assert words == [*expected.split(), *PROGRAM]
+
+
+def test_a_variable_that_the_user_hands_on_is_theirs() -> None:
+    """Open MPI refuses a variable that comes twice with two values."""
+    words = mpi_command(
+        mpi_bin="mpirun",
+        num_processes=1,
+        hosts=parse_hosts(["a"]),
+        oversubscribe=False,
+        allow_run_as_root=False,
+        mpi_params=["-x", "OPENBLAS_NUM_THREADS=4"],
+        program=PROGRAM,
+        environment={"OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert [word for word in words if "OPENBLAS" in word] == ["OPENBLAS_NUM_THREADS=4"]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "num_processes", "expected"),
+    [
+        ("a,b", 4, "a:2,b:2"),
+        ("a:4,b:4", 2, "a:1,b:1"),
+        ("a:4,b:1,c:2", 6, "a:3,b:1,c:2"),
+        ("a:1,b:1", 5, "a:3,b:2"),
+    ],
+)
+def test_mpich_is_given_what_each_host_runs(hosts: str, num_processes: int, expected: str) -> None:
+    """Hydra fills host after host, so each is given its even share: of free slots first, then of what is too much."""
+    words = mpi_command(
+        mpi_bin="mpiexec",
+        num_processes=num_processes,
+        hosts=parse_hosts([hosts]),
+        oversubscribe=True,
+        allow_run_as_root=False,
+        mpi_params=[],
+        program=PROGRAM,
+        dialect=Dialect.MPICH,
+    )
+    assert words[words.index("-hosts") + 1] == expected
+
+
+@pytest.mark.parametrize(
+    ("told", "dialect", "line"),
+    [
+        ("mpirun (Open MPI) 4.1.4\n\nReport bugs to ...", Dialect.OPEN_MPI_4, "mpirun (Open MPI) 4.1.4"),
+        ("mpirun.openmpi (OpenRTE) 4.1.4\n", Dialect.OPEN_MPI_4, "mpirun.openmpi (OpenRTE) 4.1.4"),
+        ("mpirun (Open MPI) 5.0.11\n\nReport bugs to ...", Dialect.OPEN_MPI_5, "mpirun (Open MPI) 5.0.11"),
+        ("prterun (PRRTE) 3.0.9\n", Dialect.OPEN_MPI_5, "prterun (PRRTE) 3.0.9"),
+        (
+            "HYDRA build details:\n    Version:                                 5.0.2\n    Release Date: ...",
+            Dialect.MPICH,
+            "MPICH (Hydra) 5.0.2",
+        ),
+        ("slurm 23.11", None, "slurm 23.11"),
+    ],
+)
+def test_the_dialect_is_found_from_the_version(told: str, dialect: Dialect | None, line: str) -> None:
+    """What the launchers say with --version, and the line of it that metadata keep."""
+    assert dialect_of(told) is dialect
+    assert version_line(told) == line
+
+
+def test_the_library_is_that_of_the_launcher(tmp_path: Path) -> None:
+    """Beside the launcher's directory, by the ABI of its dialect."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libmpi.so.12").touch()
+    launcher = str(tmp_path / "bin" / "mpiexec")
+    assert mpi_library(launcher, Dialect.MPICH) == tmp_path / "lib" / "libmpi.so.12"
+    assert mpi_library(launcher, Dialect.OPEN_MPI_5) is None
+
+
+def test_root_needs_the_flag_or_both_variables() -> None:
+    """As Open MPI itself has it; MPICH lets root run."""
+    if os.geteuid() != 0:
+        pytest.skip("only root is refused")
+    both = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    for environment in ({}, {"OMPI_ALLOW_RUN_AS_ROOT": "1"}):
+        with pytest.raises(ConfigurationError, match="--allow-run-as-root"):
+            check_root(Dialect.OPEN_MPI_4, allowed=False, environment=environment)
+    check_root(Dialect.OPEN_MPI_5, allowed=False, environment=both)
+    check_root(Dialect.OPEN_MPI_5, allowed=True, environment={})
+    check_root(Dialect.MPICH, allowed=False, environment={})
+
+
 @pytest.mark.parametrize(
     ("hosts", "num_processes", "expected"),
     [
@@ -98,8 +227,8 @@ def test_fewer_ranks_than_hosts() -> None:
 
 
 def test_ipv6_is_refused() -> None:
-    """Open MPI cuts a host at its first colon, so the address of another host cannot be given."""
-    with pytest.raises(ConfigurationError, match=r"--hosts fe80::1: Open MPI takes no IPv6 address.*/etc/hosts"):
+    """All launchers cut a host at its first colon, so the address of another host cannot be given."""
+    with pytest.raises(ConfigurationError, match=r"--hosts fe80::1: no MPI launcher takes an IPv6 address.*/etc/hosts"):
         command("h1,[fe80::1]:2", 2)
 
 

@@ -12,6 +12,7 @@ from mlpstorage.plan.datasize import data_sizes
 from mlpstorage.plan.kvcache import (
     NULL_STORAGE_GIB,
     Layout,
+    cache_place,
     check_room,
     gib,
     layout,
@@ -327,6 +328,39 @@ def test_each_rank_has_a_directory_of_its_own() -> None:
     assert rank_directory(Path("/c"), 0) != rank_directory(Path("/c"), 1)
     assert rank_directory(Path("/c"), 12).parent == Path("/c")
     assert rank_directory(S3Location("bucket", "kv"), 3) == S3Location("bucket", "kv/rank_3")
+
+
+def test_ranks_that_share_a_cache_have_one_place() -> None:
+    """The cache directory itself; else one each below it."""
+    shared = spec(cache_scope="shared")
+    assert {cache_place(shared, Path("/c"), rank) for rank in range(3)} == {Path("/c")}
+    assert cache_place(shared, S3Location("bucket", "kv"), 1) == S3Location("bucket", "kv")
+    assert cache_place(spec(), Path("/c"), 1) == rank_directory(Path("/c"), 1)
+
+
+def test_ranks_of_other_hosts_count_where_they_share_the_file_system() -> None:
+    """The automatic limit is shared out among them all, and all of them must fit; memory is that of one host."""
+    space = FileSystemSpace(mount="/", fs_type="nfs4", total_bytes=100 * GIB, free_bytes=60 * GIB)
+    asked = spec(cache_scope="shared", cpu_mem_gb=0.1, model="tiny-1b")
+    found = with_automatic_sizes(asked, memory_free_bytes=64 * GIB, space=space, ranks_on_host=2, ranks_on_storage=8)
+    assert found.storage_gb == (60 - 20) / 8
+    large = found.model_copy(update={"storage_gb": 10.0})
+
+    def check(ranks_on_storage: int | None) -> None:
+        check_room(
+            large,
+            sizes(large),
+            memory_free_bytes=64 * GIB,
+            storage_free_bytes=60 * GIB,
+            ranks_on_host=2,
+            where="/c",
+            ranks_on_storage=ranks_on_storage,
+        )
+
+    check(None)
+    check(6)
+    with pytest.raises(ConfigurationError, match=r"80.00 GiB for 8 ranks in /c, 60.00 GiB are free"):
+        check(8)
 
 
 @pytest.mark.parametrize(

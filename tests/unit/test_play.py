@@ -28,7 +28,6 @@ from mlpstorage.kvcache.play import (
     DRAIN_LIMIT_S,
     INTERRUPTED_DRAIN_LIMIT_S,
     LAG_PROBE_NS,
-    DropPageCache,
     Ending,
     Played,
     Stop,
@@ -36,6 +35,8 @@ from mlpstorage.kvcache.play import (
     play,
 )
 from mlpstorage.kvcache.request import Request
+from mlpstorage.kvcache.together import Meet, Meeting
+from mlpstorage.kvcache.window import DropPageCache
 from mlpstorage.kvcache.workload import ClosedLoop, OpenLoop, Workload
 from mlpstorage.measure.clock import NS
 from mlpstorage.measure.process import thread_waits_ns
@@ -125,6 +126,8 @@ class Stage:
     reused: Sequence[int] = ()
     drop_page_cache: DropPageCache | None = None
     until_steady: bool = False
+    meet: Meet | None = None
+    snapshots: list[tuple[int, int, int, int]] = field(default_factory=list)
     ended_ns: int = 0
 
     def play(self, *beside: Callable[[], None], at_s: Sequence[float] = ()) -> Played:
@@ -153,9 +156,16 @@ class Stage:
             on_sample=self.shown.append,
             reused=self.reused,
             drop_page_cache=self.drop_page_cache,
+            meet=self.meet,
+            on_snapshot=self._snapshot,
         )
         self.ended_ns = VirtualClock().now_ns()
         return played
+
+    def _snapshot(self, played: Played) -> None:
+        """Keep when it was taken, and of it the window so far, the requests in it, and the warm-up so far."""
+        taken_ns = VirtualClock().now_ns()
+        self.snapshots.append((taken_ns, played.measured_ns, played.recorder.requests.completed, played.warmup_ns))
 
     def _open(self, on_operations: Callable[[list[OpDone]], None]) -> ModelledIO:
         self.io.on_operations = on_operations
@@ -210,6 +220,81 @@ def test_writes_that_have_not_begun_at_the_end_are_given_up() -> None:
     assert played.recorder.total.write_ops == 1
     assert played.recorder.total.io_errors == played.recorder.total.writes_dropped == 0
     assert played.error is None
+
+
+def agreed(*moments_ns: int, everyone: bool = True, meetings: list[tuple[int, bool]] | None = None) -> Meet:
+    """Ranks that agree on one moment after the other; keeps when they were asked, and the vote."""
+    named = iter(moments_ns)
+
+    async def meet(vote: bool) -> Meeting:
+        if meetings is not None:
+            meetings.append((VirtualClock().now_ns(), vote))
+        return Meeting(everyone=everyone, moment_ns=next(named))
+
+    return meet
+
+
+def test_a_rank_begins_at_the_agreed_moment() -> None:
+    """The moment is at 7 s: arrivals, warm-up, window and samples count from there, though the rank was ready at 0."""
+    stage = Stage(steady(0.95, 1.0, 14), meet=agreed(7 * NS))
+    played = stage.play()
+    assert stage.io.done_of(OpKind.WRITE)[0].queued_ns == 8_050 * MS
+    assert (played.warmup_ns, played.measured_ns, played.late_ns) == (2 * NS, 10 * NS, 0)
+    assert played.recorder.requests.completed == 10
+    assert [sample.t_s for sample in stage.shown[:2]] == [1.0, 2.0]
+    assert stage.ended_ns == 19 * NS
+
+
+def test_a_rank_that_hears_late_of_the_moment_keeps_to_it() -> None:
+    """It is ready at 0, and hears at 3 s that all began at 1 s: its window is theirs, and it says how late it is."""
+
+    async def meet(vote: bool) -> Meeting:
+        await VirtualClock().sleep_until(3 * NS)
+        return Meeting(everyone=vote, moment_ns=NS)
+
+    stage = Stage(steady(0.95, 1.0, 14), meet=meet)
+    played = stage.play()
+    assert (played.late_ns, played.warmup_ns, played.measured_ns) == (2 * NS, 2 * NS, 10 * NS)
+    assert stage.ended_ns == 13 * NS
+
+
+def test_a_rank_is_stopped_while_it_waits_for_the_others() -> None:
+    """They never come: it ends when it is asked to, with nothing played."""
+
+    async def meet(vote: bool) -> Meeting:
+        await asyncio.get_running_loop().create_future()
+        return Meeting(everyone=vote, moment_ns=0)
+
+    stage = Stage(steady(0.95, 1.0, 14), meet=meet)
+    played = stage.play(stage.stop.interrupt, at_s=[4.0])
+    assert played.ending is Ending.INTERRUPTED
+    assert played.recorder.total_requests.completed == 0
+    assert stage.ended_ns < 5 * NS
+
+
+def test_ranks_of_which_one_drops_cached_pages_agree_on_the_window_too() -> None:
+    """This rank has nothing to drop; another has: all wait at the end of the warm-up, and open the window as one."""
+    meetings: list[tuple[int, bool]] = []
+    stage = Stage(steady(0.95, 1.0, 30), meet=agreed(0, 5 * NS, everyone=False, meetings=meetings))
+    played = stage.play()
+    assert meetings == [(0, True), (2 * NS, True)]
+    assert (played.warmup_ns, played.measured_ns) == (5 * NS, 10 * NS)
+    assert stage.ended_ns == 15 * NS
+
+
+def test_a_snapshot_has_what_was_measured_so_far() -> None:
+    """Taken 1, 4, 7 and 10 s after the start: the window, from 2 s on, is 0, 2, 5 and 8 s long by then.
+
+    Answers inside it come at 2.05, 3.05 and so on.
+    """
+    stage = Stage(steady(0.95, 1.0, 14))
+    stage.play()
+    assert stage.snapshots == [
+        (1 * NS, 0, 0, 1 * NS),
+        (4 * NS, 2 * NS, 2, 2 * NS),
+        (7 * NS, 5 * NS, 5, 2 * NS),
+        (10 * NS, 8 * NS, 8, 2 * NS),
+    ]
 
 
 def test_a_window_of_its_own_length_gives_the_rate() -> None:

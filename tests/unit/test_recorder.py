@@ -1,5 +1,6 @@
 """What a rank counts: cases worked by hand, at the edges of the window."""
 
+import errno
 from dataclasses import replace
 
 import pytest
@@ -296,3 +297,41 @@ def test_tallies_have_the_fields_of_the_results() -> None:
     assert StorageCounts.model_validate(counts(StorageTally(read_ops=3))).read_ops == 3
     assert RequestCounts.model_validate(counts(RequestTally(completed=4))).completed == 4
     assert TtftCounts.model_validate(counts(TtftTally(requests=5))).requests == 5
+
+
+# Storage that ranks share
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "error", "gone"),
+    [
+        (OpKind.READ, FileNotFoundError(errno.ENOENT, "gone", "x"), "reads_gone"),
+        (OpKind.READ, OSError(errno.ESTALE, "deleted by another host"), "reads_gone"),
+        (OpKind.DELETE, FileNotFoundError(errno.ENOENT, "gone", "x"), "deletes_gone"),
+        (OpKind.SYNC, FileNotFoundError(errno.ENOENT, "gone", "x"), "deletes_gone"),
+        (OpKind.WRITE, FileNotFoundError(errno.ENOENT, "the directory is gone", "x"), None),
+        (OpKind.READ, OSError(errno.EIO, "broken"), None),
+    ],
+)
+def test_what_others_may_delete_is_no_error_where_it_is_gone(
+    kind: OpKind, error: OSError, gone: str | None, *, shared: bool
+) -> None:
+    """Only where storage is shared, and only of what needs an object that is there."""
+    recorder = Recorder(object_bytes=8, stored_bytes=8, ttft_target_ns=1, window_ns=(0, 1_000), shared=shared)
+    recorder.operations([done(kind, 500, error=error)])
+    expected = gone if shared and gone else "io_errors"
+    for tally in (recorder.window, recorder.total):
+        counted = {name: getattr(tally, name) for name in ("io_errors", "reads_gone", "deletes_gone")}
+        assert counted == {"io_errors": 0, "reads_gone": 0, "deletes_gone": 0} | {expected: 1}
+        assert tally.read_ops == tally.delete_ops == tally.sync_ops == tally.write_ops == 0
+
+
+def test_questions_count_where_they_end() -> None:
+    """Each objects asked for, and its own time; of the window those that ended in it."""
+    recorder = Recorder(object_bytes=8, stored_bytes=8, ttft_target_ns=1, window_ns=(100, 200))
+    recorder.looked_for(90, 150, 12)
+    recorder.looked_for(150, 210, 4)
+    assert (recorder.window.exists_ops, recorder.total.exists_ops) == (12, 16)
+    latency = recorder.latency["existence_check"]
+    assert (latency.count, latency.sum_ns) == (1, 60)

@@ -24,9 +24,11 @@ from mlpstorage.results.models import (
 from mlpstorage.results.summary import (
     BreakEven,
     Client,
+    Clock,
     HitRatio,
     HostSummary,
     Latency,
+    RankSummary,
     RequestRates,
     ReuseDistance,
     Saved,
@@ -73,6 +75,8 @@ def summary_of(samples: int = 5_000, **changes: object) -> Summary:
         workload_digest="aa",
         operations_digest="bb",
         trials=None,
+        incomplete_ranks=(),
+        clock=Clock(max_offset_error_ms=0.02, start_skew_ms=0.3),
         window=Window(warmup_s=4.0, warmup_steady=None, measured_s=20.0, drain_s=0.5, requests_in_flight_at_end=0),
         requests=RequestRates(
             completed=1234,
@@ -85,8 +89,8 @@ def summary_of(samples: int = 5_000, **changes: object) -> Summary:
             output_tokens_per_s=61_725.0,
         ),
         hit_ratio=HitRatio(
-            tokens=TierRatios(gpu=0.12, cpu=0.03, storage=0.41, total=0.56),
-            blocks=TierRatios(gpu=0.25, cpu=0.125, storage=0.25, total=0.625),
+            tokens=TierRatios(gpu=0.12, cpu=0.03, storage=0.41, total=0.56, cross_rank=0.07),
+            blocks=TierRatios(gpu=0.25, cpu=0.125, storage=0.25, total=0.625, cross_rank=0.05),
         ),
         storage=WindowStorage(
             **window_counts,
@@ -134,8 +138,25 @@ def summary_of(samples: int = 5_000, **changes: object) -> Summary:
         dropped_page_cache_bytes=0,
         reuse=None,
         hosts=(_host("h1"),),
+        ranks=(rank_row(0),),
+        stragglers=(),
     )
     return summary.model_copy(update=changes)
+
+
+def rank_row(number: int, host: str = "h1", read_gib_per_s: float = 0.6) -> RankSummary:
+    """A rank's row."""
+    return RankSummary(
+        rank=number,
+        host=host,
+        status=RunStatus.COMPLETE,
+        requests_completed=617,
+        hit_ratio_tokens=0.56,
+        read_gib_per_s=read_gib_per_s,
+        write_gib_per_s=0.125,
+        ttft_p95_ms=84.0,
+        storage_read_p50_ms=5.0,
+    )
 
 
 def _host(name: str) -> HostSummary:
@@ -240,7 +261,7 @@ def test_verdict_says_where_reading_was_slower_than_computing(saved_ms: float | 
 
 def test_verdict_of_a_run_that_completed_nothing() -> None:
     """There is no share, no latency and no verdict; the sentence says so and stays one."""
-    none = TierRatios(gpu=None, cpu=None, storage=None, total=None)
+    none = TierRatios(gpu=None, cpu=None, storage=None, total=None, cross_rank=None)
     slo = Slo(ttft_p95_ms_target=2000.0, met=None, within_target=None, goodput_per_s=0.0)
     assert first_sentences(summary_of(0, hit_ratio=HitRatio(tokens=none, blocks=none), slo=slo)) == (
         "At 7 users of tiny-1b this storage served nothing: no request was completed in the measured window. "
@@ -313,9 +334,9 @@ def test_numbers_stand_under_their_units() -> None:
     assert ["request", "load", "5,000", *["60.0"] * 5] in lines
     assert ["of", "storage", "5,000", *["70.0"] * 5] in lines
     assert ["lookup", "5,000", *["0.0200"] * 5] in lines
-    assert rows["Cache hits"] == ["Cache", "hits", "GPU", "CPU", "storage", "total"]
-    assert ["of", "tokens", "12.0", "%", "3.0", "%", "41.0", "%", "56.0", "%"] in lines
-    assert ["of", "blocks", "25.0", "%", "12.5", "%", "25.0", "%", "62.5", "%"] in lines
+    assert rows["Cache hits"] == ["Cache", "hits", "GPU", "CPU", "storage", "total", "of", "other", "ranks"]
+    assert ["of", "tokens", "12.0", "%", "3.0", "%", "41.0", "%", "56.0", "%", "7.0", "%"] in lines
+    assert ["of", "blocks", "25.0", "%", "12.5", "%", "25.0", "%", "62.5", "%", "5.0", "%"] in lines
 
 
 def test_facts_have_their_units() -> None:
@@ -581,7 +602,7 @@ def test_missing_numbers_are_not_zeros() -> None:
 
 def test_run_without_a_request_tells_it() -> None:
     """Nothing was measured: no rate is printed as a number, and no percentage."""
-    none = TierRatios(gpu=None, cpu=None, storage=None, total=None)
+    none = TierRatios(gpu=None, cpu=None, storage=None, total=None, cross_rank=None)
     base = summary_of()
     summary = summary_of(
         0,

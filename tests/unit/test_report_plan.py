@@ -149,3 +149,16 @@ def test_sizes_name_what_they_are_of() -> None:
     assert split.startswith("llama3.1-8b, profile hf3fs-slab, tensor parallel 8, 100 users, ")
     assert "64 tokens, 8,388,608 bytes" in split
     assert "8 a block, 1,048,576 bytes each" in split
+
+
+def test_a_plan_says_what_ranks_share() -> None:
+    """Where the one cache lies, how large it may grow, and how requests come to the ranks."""
+    shown = rows(
+        cache_scope="shared", num_processes=4, storage_gb=2.5, trace="t.jsonl", placement="prefix", cache_dir="/mnt/kv"
+    )
+    assert shown["cache files"] == "/mnt/kv, one cache of all ranks"
+    assert shown["storage tier"] == "at most 2.5 GiB a rank of what it writes, 10 GiB together"
+    assert "placed by prefix" in shown["load"]
+    assert rows(cache_scope="shared")["storage tier"] == rows()["storage tier"]
+    assert "placed by round-robin" in rows(request_rate=5, placement="round-robin")["load"]
+    assert rows(num_processes=4, storage_gb=2.5)["storage tier"] == "at most 2.5 GiB a rank"

@@ -54,6 +54,8 @@ BUSY = [
             prompt_blocks=60,
             cached_tokens=TierCounts(gpu=1_000, cpu=500, storage=1_500),
             hit_blocks=TierCounts(gpu=10, cpu=5, storage=15),
+            cross_rank_tokens=600,
+            cross_rank_blocks=6,
         ),
         storage=NO_STORAGE.model_copy(
             update={"read_bytes": 6 * GIB, "written_bytes": 2 * GIB, "padding_bytes": GIB, "read_ops": 60}
@@ -74,6 +76,8 @@ BUSY = [
             prompt_blocks=20,
             cached_tokens=TierCounts(gpu=0, cpu=0, storage=1_000),
             hit_blocks=TierCounts(gpu=0, cpu=0, storage=10),
+            cross_rank_tokens=200,
+            cross_rank_blocks=4,
         ),
         storage=NO_STORAGE.model_copy(
             update={"read_bytes": 2 * GIB, "written_bytes": 3 * GIB, "padding_bytes": 0, "read_ops": 20}
@@ -178,6 +182,7 @@ def test_hit_ratio_is_found_over_asked() -> None:
     assert ratio.tokens.total == 0.5
     assert (ratio.blocks.gpu, ratio.blocks.cpu, ratio.blocks.storage) == (10 / 80, 5 / 80, 25 / 80)
     assert ratio.blocks.total == 0.5
+    assert (ratio.tokens.cross_rank, ratio.blocks.cross_rank) == (800 / 8_000, 10 / 80)
 
 
 def test_percentiles_are_those_of_the_pooled_samples() -> None:
@@ -574,10 +579,13 @@ def test_verdict_needs_ten_samples_above() -> None:
 
 
 def test_hosts_show_first_and_last_done() -> None:
-    """Per host the first and the last of its ranks to be done; the hosts' rates add up to the run's."""
+    """Per host the first and the last of its ranks to be done; the hosts' rates add up to the run's.
+
+    Seconds since the common start are 2 + 10 + 0.5, 3 + 8 + 1.5 and 1 + 10 + 0.25; the first window began after 1.
+    """
     summary = merge(*BUSY)
     first, second = summary.hosts
-    assert (first.host, first.ranks, first.first_done_s, first.last_done_s) == ("h1", 2, 9.5, 10.5)
+    assert (first.host, first.ranks, first.first_done_s, first.last_done_s) == ("h1", 2, 11.5, 11.5)
     assert (second.host, second.ranks, second.first_done_s, second.last_done_s) == ("h2", 1, 10.25, 10.25)
     assert (first.read_gib_per_s, second.read_gib_per_s) == (0.8, 0.2)
     assert (first.write_gib_per_s, second.write_gib_per_s) == (0.5, 0.0)

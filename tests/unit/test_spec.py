@@ -14,6 +14,7 @@ from mlpstorage.config import (
     WORKLOADS,
     Accelerator,
     Arrivals,
+    CacheScope,
     Decisions,
     DirectMode,
     Eviction,
@@ -22,6 +23,7 @@ from mlpstorage.config import (
     IoPriority,
     Layout,
     PerformanceProfile,
+    Placement,
     Promotion,
     StorePolicy,
     TouchOrder,
@@ -302,6 +304,17 @@ def test_a_value_out_of_range_is_refused_by_the_name_it_came_under(
         ({"io_engine": "uring", "io_threads": 2}, "--io-threads 2: .*uring one thread"),
         ({"evict_above": 0.5, "evict_to": 0.8}, "--evict-to 0.8: is above --evict-above 0.5"),
         ({"cache_dir": Path("s3://bucket/kv")}, "--cache-dir: .*give it as text"),
+        ({"placement": "round-robin"}, "--placement round-robin: synthetic users in a closed loop stay"),
+        ({"placement": "prefix", "request_rate": 2}, "--placement prefix: needs --trace; synthetic users begin"),
+        ({"cache_scope": "shared", "layout": "slab"}, "--cache-scope shared: layout slab keeps its index"),
+        ({"cache_scope": "shared", "layout": "bucket"}, "--cache-scope shared: layout bucket keeps its index"),
+        ({"cache_scope": "shared", "layout": "null"}, "--cache-scope shared: layout null stores nothing"),
+        ({"cache_scope": "shared", "profile": "kvbm-slab"}, "--cache-scope shared: layout slab"),
+        (
+            {"cache_scope": "shared", "decisions": "arrival", "num_processes": 2},
+            "--decisions arrival: with --cache-scope shared needs one rank",
+        ),
+        ({"cache_scope": "shared", "decisions": "arrival", "hosts": ["h[1-2]"]}, "--decisions arrival: .*one rank"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(flags: dict[str, object], flag: str) -> None:
@@ -558,8 +571,10 @@ PLACES = st.one_of(
             "verify": st.sampled_from(Verify),
             "reuse_cache": st.booleans(),
             "keep_cache": st.booleans(),
+            "cache_scope": st.sampled_from(CacheScope),
         },
     ),
+    st.fixed_dictionaries({"cache_dir": PATHS, "cache_scope": st.just(CacheScope.SHARED)}),
     st.fixed_dictionaries({"cache_dir": none_or(PATHS), "layout": st.just(Layout.NULL)}),
 )
 """Where the objects go, and what fits there."""
@@ -606,6 +621,7 @@ TRACES = st.fixed_dictionaries(
         "arrivals": none_or(st.sampled_from(Arrivals)),
         "time_scale": POSITIVE,
         "spread_arrivals": st.just(0.0) | POSITIVE,
+        "placement": st.sampled_from(Placement),
     },
 )
 AT_A_RATE = st.fixed_dictionaries(
@@ -613,6 +629,7 @@ AT_A_RATE = st.fixed_dictionaries(
     optional={
         "trace": none_or(PATHS),
         "arrivals": st.sampled_from([None, Arrivals.OPEN]),
+        "placement": st.sampled_from([Placement.SESSION, Placement.ROUND_ROBIN]),
     },
 )
 LOADS = st.one_of(USERS, st.just({"enable_rag": True, "rag_num_docs": 3}), TRACES, AT_A_RATE)
@@ -668,7 +685,7 @@ def test_the_values_tried_are_of_every_field_that_a_rank_hears() -> None:
     apart = {"cache_dir", "layout", "direct", "verify", "reuse_cache", "keep_cache"}
     apart |= {"io_engine", "io_depth", "io_threads"}
     apart |= {"workload", "enable_rag", "rag_num_docs", "disable_multi_turn", "trace", "trace_format", "max_requests"}
-    apart |= {"arrivals", "request_rate", "time_scale", "spread_arrivals"}
+    apart |= {"arrivals", "request_rate", "time_scale", "spread_arrivals", "placement", "cache_scope"}
     apart |= {"accelerator", "num_accelerators", "mfu", "prefill_tokens_per_s", "decode_tokens_per_s"}
     # A file that must be there: test_spec_compute.py.
     apart |= {"model_config_file"}

@@ -8,6 +8,7 @@ import pytest
 from mlpstorage.config import Tier
 from mlpstorage.kvcache.recorder import Answered, Recorder
 from mlpstorage.kvcache.steadiness import SPAN_S, SPANS, TOLERANCE, Steadiness
+from mlpstorage.kvcache.together import alone
 from mlpstorage.measure.clock import NS
 from mlpstorage.testing.engine_bench import now_ns
 from mlpstorage.testing.virtual import VirtualClock, run_virtual
@@ -54,7 +55,7 @@ def watched(cached: Sequence[int | None], *, most_s: float = 60.0, asked: int = 
     async def play() -> float:
         await VirtualClock().sleep_until(100 * NS)
         feeding = asyncio.create_task(feed())
-        await steady.reached(recorder, VirtualClock(), 100 * NS, 100 * NS + round(most_s * NS))
+        await steady.reached(recorder, VirtualClock(), 100 * NS, 100 * NS + round(most_s * NS), alone(VirtualClock()))
         feeding.cancel()
         return now_ns() / NS - 100
 
@@ -111,7 +112,7 @@ def test_all_tiers_count() -> None:
     steady = Steadiness()
 
     async def play() -> None:
-        watching = asyncio.create_task(steady.reached(recorder, VirtualClock(), 0, 60 * NS))
+        watching = asyncio.create_task(steady.reached(recorder, VirtualClock(), 0, 60 * NS, alone(VirtualClock())))
         for number, cached in enumerate([(300, 0, 0), (0, 300, 0), (100, 100, 100)]):
             await VirtualClock().sleep_until((number * SPAN_S + 1) * NS)
             answer(recorder, 1000, cached)
@@ -128,7 +129,7 @@ def test_a_ratio_is_of_tokens_and_not_of_requests() -> None:
     steady = Steadiness()
 
     async def play() -> None:
-        watching = asyncio.create_task(steady.reached(recorder, VirtualClock(), 0, 60 * NS))
+        watching = asyncio.create_task(steady.reached(recorder, VirtualClock(), 0, 60 * NS, alone(VirtualClock())))
         for number in range(3):
             await VirtualClock().sleep_until((number * SPAN_S + 1) * NS)
             answer(recorder, 10_000, (0, 0, 5000))

@@ -424,3 +424,17 @@ def test_deleted_object_has_no_number() -> None:
     buffer.to_read().memory[:] = old
     assert buffer.check(5) == STORED_BYTES
     assert writes.of(5) == known
+
+
+def test_where_others_write_the_same_object_any_whole_version_is_right() -> None:
+    """A rank that shares storage takes another's later write, and its own after that; never one mixed of both."""
+    mine = Payload(KEYS, STORED_BYTES, writes=WriteNumbers(shared=True)).new_buffer()
+    theirs = Payload(KEYS, STORED_BYTES, writes=WriteNumbers(shared=True)).new_buffer()
+    versions = [bytes(buffer.to_write(7).memory) for buffer in (mine, theirs, mine)]
+    assert len({version[12:16] for version in versions}) == 3
+    for version in versions:
+        mine.to_read().memory[:] = version
+        mine.check(7)
+    mine.to_read().memory[:] = versions[0][:4096] + versions[1][4096:]
+    with pytest.raises(VerifyError):
+        mine.check(7)

@@ -10,11 +10,13 @@ import pytest
 from mlpstorage.config import Eviction, StorePolicy, TouchOrder
 from mlpstorage.kvcache.block_io import Behind
 from mlpstorage.kvcache.operations import OperationsDigest
+from mlpstorage.kvcache.other_ranks import OtherRanks
+from mlpstorage.kvcache.recorder import Recorder
 from mlpstorage.kvcache.storage_tier import USED_BEFORE_BLOCKS, StorageTier
 from mlpstorage.storage.ops import OpKind
 from mlpstorage.storage.payload import VerifyError
 from mlpstorage.testing.engine_bench import MS, PLAIN, EngineBench, now_ns, sleep_ms
-from mlpstorage.testing.virtual import ModelledIO, run_virtual
+from mlpstorage.testing.virtual import ModelledIO, VirtualClock, run_virtual
 
 WRONG = VerifyError("object", 0, (1, 0), (2, 0))
 
@@ -369,7 +371,10 @@ def test_a_million_blocks_on_storage_take_less_than_400_bytes_each() -> None:
 def test_uses_are_remembered_of_so_many_blocks_and_no_more() -> None:
     """The oldest use is forgotten for the newest: that block's next use counts as its first."""
     config = replace(PLAIN, store_policy=StorePolicy.SECOND_USE)
-    tier = StorageTier(config, Behind(ModelledIO(), lambda _: None), OperationsDigest())
+    behind = Behind(ModelledIO(), lambda _: None)
+    recorder = Recorder(object_bytes=4096, stored_bytes=4096, ttft_target_ns=0)
+    nobody = OtherRanks(None, behind=behind, recorder=recorder, clock=VirtualClock())
+    tier = StorageTier(config, behind, OperationsDigest(), nobody)
     assert not any(tier.used_before(block_id) for block_id in range(USED_BEFORE_BLOCKS))
     assert tier.used_before(1)
     assert not tier.used_before(-1)

@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 
-from mlpstorage.config import Arrivals, Decisions, TraceFormat
+from mlpstorage.config import Arrivals, Decisions, Placement, TraceFormat
 from mlpstorage.errors import ConfigurationError, MissingFileError
 from mlpstorage.kvcache.arrivals import poisson_s
 from mlpstorage.kvcache.played import build_workload, with_settled_load
@@ -520,3 +520,74 @@ def test_ranks_of_users_share_a_rate() -> None:
     assert len(set(ends_s)) == 4
     # 1,000 requests at 25 a second take 40 s; the mean of four has a standard error of 40 / sqrt(4,000) s.
     assert fmean(ends_s) == pytest.approx(40.0, abs=2.6)
+
+
+# Placement
+
+
+def test_requests_are_dealt_one_after_the_other(chat: Trace) -> None:
+    """In the order of their arrival, whatever their session."""
+    play = replace(OPEN, placement=Placement.ROUND_ROBIN)
+    shares = [[one.arrival_s for one in played(chat, play, rank, 3)] for rank in range(3)]
+    assert shares == [[0.0, 3.0, 6.0], [1.0, 4.0, 7.0], [2.0, 5.0]]
+
+
+def test_equal_prefixes_meet(tmp_path: Path) -> None:
+    """The first 1,024 tokens decide, here two blocks; not what comes behind, nor when or in which session."""
+    heads = [[0, 100 + number % 7] for number in range(70)]
+    rows = [(number, 2048, [*head, 1_000 + number, 2_000 + number]) for number, head in enumerate(heads)]
+    trace = open_trace(mooncake(tmp_path / "t.jsonl", rows))
+    play = replace(OPEN, placement=Placement.PREFIX)
+    shares = [{one.block_ids[1] for one in played(trace, play, rank, 2)} for rank in range(2)]
+    assert sorted(map(len, shares)) in ([2, 5], [3, 4], [1, 6])
+    assert len(shares[0] | shares[1]) == 7
+    # A prompt that is shorter goes by its last full block, and one without any by its session.
+    short = [(number, 600, [0, 5]) for number in range(4)] + [(10 + number, 100, [7]) for number in range(4)]
+    trace = open_trace(mooncake(tmp_path / "short.jsonl", short))
+    shares_of_short = [played(trace, play, rank, 2) for rank in range(2)]
+    assert sorted(sum(one.prompt_tokens == 600 for one in share) for share in shares_of_short) == [0, 4]
+    assert [sum(one.prompt_tokens == 100 for one in share) for share in shares_of_short] == [2, 2]
+
+
+@pytest.mark.parametrize("placement", Placement)
+def test_a_session_that_waits_for_its_answers_stays_whole(agents: Trace, placement: Placement) -> None:
+    """It is dealt, or goes where its first request goes."""
+    play = replace(SESSION, placement=placement)
+    found = []
+    for rank in range(2):
+        try:
+            found.append([len(one.steps) for one in sessions(agents, play, rank, 2).sessions()])
+        except ConfigurationError:
+            found.append([])  # nothing is left for it
+    assert sorted(length for share in found for length in share) == [1, 2, 3]
+    if placement is not Placement.PREFIX:
+        assert found == [[3, 1], [2]]
+
+
+def test_a_digest_tells_the_placement_where_there_are_several_ranks(chat: Trace) -> None:
+    """One rank plays the same however requests are placed; of several each has its own share, and says how."""
+    plays = [replace(OPEN, placement=placement) for placement in (Placement.SESSION, Placement.ROUND_ROBIN)]
+    alone, dealt_alone = (trace_workload(chat, play, rank=0, ranks=1).digest for play in plays)
+    assert alone == dealt_alone
+    # In this trace every request is a session, so that both deal them alike.
+    assert played(chat, plays[0], 1, 2) == played(chat, plays[1], 1, 2)
+    assert (
+        trace_workload(chat, plays[0], rank=1, ranks=2).digest != trace_workload(chat, plays[1], rank=1, ranks=2).digest
+    )
+
+
+def test_synthetic_users_of_an_open_loop_can_be_dealt() -> None:
+    """Two ranks together serve what the users of both ask, one request after the other."""
+
+    def share(rank: int, placement: Placement) -> list[Request]:
+        spec = KVCacheSpec(
+            request_rate=8, num_users=3, block_tokens=256, arrivals=Arrivals.OPEN, placement=placement, seed=9
+        )
+        loop = build_workload(spec, rank, 2)
+        assert isinstance(loop, OpenLoop)
+        return list(takewhile(lambda one: (one.arrival_s or 0.0) < 30, loop.requests()))
+
+    own = [share(rank, Placement.SESSION) for rank in range(2)]
+    asked = sorted((*own[0], *own[1]), key=lambda one: one.arrival_s or 0.0)
+    assert len(asked) > 100
+    assert [share(rank, Placement.ROUND_ROBIN) for rank in range(2)] == [asked[0::2], asked[1::2]]
