@@ -55,7 +55,9 @@ def merge_s(ranks: int, place: Path) -> float:
     start_s = time.perf_counter()
     event = parse_event(line)
     assert isinstance(event, Finished)
-    summary = merge_ranks(event.ranks, bytes_per_token=131_072, block_tokens=256, ttft_p95_ms_target=450.0)
+    summary = merge_ranks(
+        event.ranks, bytes_per_token=131_072, block_tokens=256, ttft_p95_ms_target=450.0, timeseries_interval_s=1.0
+    )
     write_results(place, summary, event.ranks)
     return time.perf_counter() - start_s
 

@@ -9,6 +9,9 @@ MIB = 1 << 20
 PAGE_BYTES = 4096
 """Alignment of direct I/O, and the unit in which stored data is stamped and verified."""
 
+HOST_SERIES = "timeseries_hosts.jsonl"
+"""File of the hosts' time series in a result directory."""
+
 KVCACHE_MODELS: tuple[str, ...] = tuple(MODELS)
 """Models that the KV-cache benchmark can play."""
 

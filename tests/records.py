@@ -78,6 +78,7 @@ def client(cpu_s: float = 0, cores: int = 4, rss_bytes: int = 1, os_bytes: int |
     return RankClient(
         cpu_s=cpu_s,
         payload_cpu_s=0,
+        sampling_cpu_s=0,
         cpu_wait_s=0,
         cores=cores,
         max_rss_bytes=rss_bytes,
@@ -121,6 +122,7 @@ IDLE = RankResult(
     reuse=None,
     host_facts={},
     samples=(),
+    host_samples=(),
 )
 """A rank that measured for ten seconds, in which nothing happened."""
 
@@ -142,6 +144,7 @@ def merge(
         bytes_per_token=131_072,
         block_tokens=256,
         ttft_p95_ms_target=ttft_p95_ms_target,
+        timeseries_interval_s=1.0,
         trials=trials,
         incomplete_ranks=incomplete,
     )

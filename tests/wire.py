@@ -49,6 +49,7 @@ class WiredRank:
     wire: Wire
     rank: int
     ranks_on_host: int = 1
+    lowest_on_host: bool = True
     aborted: int | None = None
 
     @property
@@ -72,6 +73,10 @@ class WiredRank:
         """Remember with what, and end."""
         self.aborted = exit_code
         raise AbortedError
+
+    def told_on_host(self, item: Any) -> Any:  # noqa: ANN401 - as of Ranks
+        """The item itself: each rank is alone on its host."""
+        return item
 
     def allgather(self, item: Any) -> list[Any]:  # noqa: ANN401 - as of Ranks
         """Not here: it would wait for the other ranks outside the event loop."""

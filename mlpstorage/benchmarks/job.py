@@ -2,13 +2,13 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from mlpstorage import __version__
-from mlpstorage.config import EXIT_CODE, RunStatus
+from mlpstorage.config import EXIT_CODE, HOST_SERIES, RunStatus
 from mlpstorage.errors import (
     AccessError,
     ConfigurationError,
@@ -22,6 +22,8 @@ from mlpstorage.errors import (
 from mlpstorage.kvcache.events import (
     Event,
     Finished,
+    HostProgress,
+    Known,
     Progress,
     Refused,
     Silent,
@@ -35,7 +37,7 @@ from mlpstorage.launch.failures import Rank, death, start_failure
 from mlpstorage.launch.process import JobOutcome
 from mlpstorage.report.progress import ProgressView
 from mlpstorage.results.directory import LOGS_DIR
-from mlpstorage.results.models import IncompleteRank, RankError, RankResult, Sample
+from mlpstorage.results.models import HostSample, IncompleteRank, RankError, RankResult, Sample
 from mlpstorage.results.summary import Summary
 
 _ERROR_OF_CODE: dict[int, type[MLPStorageError]] = {
@@ -65,8 +67,15 @@ START_LIMIT_A_RANK_S = 1.0
 QUIET_LIMIT_S = SILENCE_S + 5.0
 """While ranks play one lets hear of itself every second. Where rank 0 hangs, the others say so before this."""
 
-_END_S = 2.0
-"""Ranks that told that one hangs, or that they cannot begin, have so long to end by themselves."""
+_SILENT_END_S = 2.0
+"""Ranks that told that one hangs have so long to end by themselves."""
+
+_REFUSED_END_S = 15.0
+"""Ranks that told that they cannot begin likewise: they first remove what they have made."""
+
+OPEN_MPI_CONNECTION_CLOSED = 14
+"""Exit code of a rank of Open MPI 5 that finds a connection closed. It may end the job before the launcher has noticed
+which rank has died, and its word of that is then lost."""
 
 _SAID_BYTES = 1 << 16
 
@@ -78,15 +87,26 @@ class Job:
         view: Shows how far they are.
         result_dir: Where the results go.
         logger: Told of their warnings.
+        on_hosts: Called with the facts of their hosts before they begin.
         ranks_on_host: Where an MPI launcher starts them, the most on one host: the job is then ended where it takes
             too long. None for a process of this host, which ends with its pipe.
+        hosts: The hosts as the launcher was given them.
     """
 
     def __init__(
-        self, view: ProgressView, result_dir: Path, logger: logging.Logger, *, ranks_on_host: int | None = None
+        self,
+        view: ProgressView,
+        result_dir: Path,
+        logger: logging.Logger,
+        *,
+        on_hosts: Callable[[Sequence[dict[str, object]]], None],
+        ranks_on_host: int | None = None,
+        hosts: Sequence[str] = (),
     ) -> None:
         self._ranks_on_host = ranks_on_host
+        self._hosts = hosts
         self._heard_s = time.monotonic()
+        self._end_s: float | None = None
         self._plays = False
         self._started: dict[int, Rank] = {}
         self._lost: MLPStorageError | None = None
@@ -94,8 +114,11 @@ class Job:
         self._stdout_path = result_dir / LOGS_DIR / "ranks.stdout.log"
         self._view = view
         self._logger = logger
+        self._on_hosts = on_hosts
         self._series_path = result_dir / "timeseries.jsonl"
         self._series = self._series_path.open("a", encoding="utf-8")
+        self._host_series_path = result_dir / HOST_SERIES
+        self._host_series = self._host_series_path.open("a", encoding="utf-8")
         self._other = self._stdout_path.open("ab")
         self.ranks: tuple[RankResult, ...] = ()
         self.refusal: Refused | None = None
@@ -114,11 +137,12 @@ class Job:
 
     def must_end(self) -> bool:
         """Whether the ranks should be ended, because they cannot begin or nothing is heard of them."""
-        quiet_s = time.monotonic() - self._heard_s
+        now_s = time.monotonic()
+        quiet_s = now_s - self._heard_s
         if self._ranks_on_host is None:
             return False
-        if self.silent is not None or self.refusal is not None:
-            return quiet_s > _END_S
+        if self._end_s is not None:
+            return now_s > self._end_s
         if not self._started:
             limit_s = START_LIMIT_S + START_LIMIT_A_RANK_S * self._ranks_on_host
             self._lost = start_failure(self._said())
@@ -135,13 +159,16 @@ class Job:
             )
         return self._lost is not None
 
-    def failure(self) -> MLPStorageError | None:
+    def failure(self, returncode: int) -> MLPStorageError | None:
         """Why the job has no result, where it is known better than by its exit code. Call `close` before."""
         if self._lost is not None:
             return self._lost
         if not self._started:
             return start_failure(self._said())
-        died = death(self._said(), self._started)
+        died = death(self._said(), self._started, self._hosts)
+        if died is None and returncode == OPEN_MPI_CONNECTION_CLOSED and len(self._started) > 1:
+            hosts = ", ".join(dict.fromkeys(rank.host for rank in self._started.values()))
+            died = f"a rank on one of {hosts} has died: another rank lost its connection to it"
         return None if died is None else RunError(f"{died}; all other ranks were ended")
 
     def _said(self) -> str:
@@ -161,6 +188,26 @@ class Job:
                 self._started = {one.rank: Rank(rank=one.rank, host=one.host, pid=one.pid) for one in ranks}
                 if version != __version__:
                     self.refusal = _other_version(version, [one.host for one in ranks])
+                    self._end_s = self._heard_s
+            case Known(hosts=hosts):
+                self._on_hosts(hosts)
+            case Warned(message=message):
+                self._logger.warning("%s", message)
+            case Refused():
+                self.refusal = event
+                self._end_s = self._heard_s + _REFUSED_END_S
+            case Silent():
+                self.silent = self.silent or event
+                self._end_s = self._end_s or self._heard_s + _SILENT_END_S
+            case Finished(ranks=results):
+                self.ranks = results
+                self._plays = False
+            case _:
+                self._take_running(event)
+
+    def _take_running(self, event: Event) -> None:
+        """Keep what ranks tell while they play."""
+        match event:
             case Progress(sample=sample):
                 self._plays = True
                 self._samples[sample.rank] = sample
@@ -168,17 +215,12 @@ class Job:
                 self._series.flush()
                 if sample.rank == 0:
                     self._view.show(_together(sample, self._samples.values()))
+            case HostProgress(sample=host_sample):
+                self._host_series.write(host_sample.model_dump_json() + "\n")
+                self._host_series.flush()
             case Snapshot(result=result):
+                self._plays = True
                 self._snapshots[result.rank] = result
-            case Silent():
-                self.silent = self.silent or event
-            case Warned(message=message):
-                self._logger.warning("%s", message)
-            case Refused():
-                self.refusal = event
-            case Finished(ranks=results):
-                self.ranks = results
-                self._plays = False
 
     def kept(self, outcome: JobOutcome) -> tuple[RankResult, ...]:
         """What the ranks told last, where the job ended without its result. Call `close` before."""
@@ -189,9 +231,17 @@ class Job:
         for line in self._series_path.read_text(encoding="utf-8").splitlines():
             sample = Sample.model_validate_json(line)
             series.setdefault(sample.rank, []).append(sample)
+        of_hosts: dict[str, list[HostSample]] = {}
+        for line in self._host_series_path.read_text(encoding="utf-8").splitlines():
+            of_host = HostSample.model_validate_json(line)
+            of_hosts.setdefault(of_host.host, []).append(of_host)
         results = []
         for number, result in sorted(self._snapshots.items()):
-            update: dict[str, object] = {"samples": tuple(series[number])}
+            update: dict[str, object] = {
+                "samples": tuple(series[number]),
+                # As in a whole run, the lowest rank of a host has its lines.
+                "host_samples": tuple(of_hosts.pop(result.host, ())),
+            }
             # One that had finished by itself keeps its verdict.
             if result.status is RunStatus.RUNNING:
                 status = RunStatus.INTERRUPTED if was_ended and number not in silent else RunStatus.FAILED
@@ -224,6 +274,7 @@ class Job:
         """End the view and the files."""
         self._view.close()
         self._series.close()
+        self._host_series.close()
         self._other.close()
 
 
@@ -246,7 +297,7 @@ def judge(outcome: JobOutcome, job: Job, summary: Summary | None) -> None:
             f"{who}: not heard of for {longest_s:.0f} s, it hangs or its host cannot be reached; all ranks were ended"
             f"{kept}. Look at that host and its storage"
         )
-    failure = job.failure()
+    failure = job.failure(outcome.returncode)
     if failure is not None:
         raise type(failure)(f"{failure}{kept}; see {LOGS_DIR}/ranks.stderr.log in the result directory")
     how = (

@@ -14,11 +14,12 @@ from mlpstorage.cluster.facts import (
     FileSystemSpace,
     available_memory_bytes,
     cluster_information,
+    difference_warnings,
     host_facts,
     limited_space,
 )
 from mlpstorage.cluster.locality import is_local
-from mlpstorage.config import BENCHMARK_TYPES, EXIT_CODE, Layout
+from mlpstorage.config import BENCHMARK_TYPES, EXIT_CODE, HOST_SERIES, Layout
 from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError, UsageError
 from mlpstorage.kvcache.played import build_workload, with_settled_load
 from mlpstorage.launch.command import handed_environment, rank_command, rank_environment, ranks_on_host, shown
@@ -108,6 +109,7 @@ class KVCacheBenchmark(Benchmark):
         self._words = words_of(args)
         self._summary: Summary | None = None
         self._mpi: str | None = None
+        self._hosts_known = False
         found = self._find_dialect() if self.command == "run" and self._layout.uses_mpi else None
         self._dialect, self._dialect_is_known = found or DEFAULT_DIALECT, found is not None
 
@@ -304,6 +306,7 @@ class KVCacheBenchmark(Benchmark):
             bytes_per_token=self._spec.bytes_per_token,
             block_tokens=sizes(self._spec).block_tokens,
             ttft_p95_ms_target=self._spec.ttft_p95_ms_target,
+            timeseries_interval_s=self._spec.timeseries_interval,
             trials=trials,
             incomplete_ranks=incomplete,
         )
@@ -316,9 +319,6 @@ class KVCacheBenchmark(Benchmark):
     ) -> None:
         """Write what all trials so far come to."""
         ranks = pooled(trials)
-        if self._cluster_collector is None and not self._layout.ranks_here:
-            facts = {str(rank.host_facts.get("host")): rank.host_facts for rank in ranks}
-            self.cluster_information = cluster_information(list(facts.values()))
         differ = compared(summaries) if self._spec.trials > 1 else None
         self._summary = self._merged(ranks, incomplete, differ)
         write_results(self.result_dir, self._summary, ranks)
@@ -331,7 +331,9 @@ class KVCacheBenchmark(Benchmark):
             ),
             place,
             self.logger,
+            on_hosts=self._know_hosts,
             ranks_on_host=self._bounded_ranks_on_host(),
+            hosts=[host.name for host in self._spec.parsed_hosts],
         )
         try:
             self.logger.info("results go to %s", self.result_dir)
@@ -355,6 +357,16 @@ class KVCacheBenchmark(Benchmark):
         if not self._layout.uses_mpi or self._spec.kvcache_bin_path is not None:
             return None
         return ranks_on_host(self._spec, self._layout)
+
+    def _know_hosts(self, hosts: Sequence[dict[str, object]]) -> None:
+        """Keep what the ranks tell of their hosts before they begin. Trials after the first tell nothing new."""
+        if self._cluster_collector is not None or self._hosts_known:
+            return
+        self._hosts_known = True
+        for warning in difference_warnings(hosts):
+            self.logger.warning("%s", warning)
+        self.cluster_information = cluster_information(hosts)
+        self._write_metadata()
 
     def _clear_leftovers(self) -> None:
         """Remove what a rank that was killed had no time to remove, where it ran on this machine, or all share it."""
@@ -459,9 +471,12 @@ def write_results(place: Path, summary: Summary, ranks: Sequence[RankResult]) ->
     write_json_atomic(place / "summary.json", summary)
     samples = sorted((sample for rank in ranks for sample in rank.samples), key=lambda one: (one.t_s, one.rank))
     write_jsonl_atomic(place / "timeseries.jsonl", samples)
+    of_hosts = (sample for rank in ranks for sample in rank.host_samples)
+    host_samples = sorted(of_hosts, key=lambda one: (one.t_s, one.host))
+    write_jsonl_atomic(place / HOST_SERIES, host_samples)
 
     def write(rank: RankResult) -> None:
-        text = rank.model_dump_json(indent=2, exclude={"samples"})
+        text = rank.model_dump_json(indent=2, exclude={"samples", "host_samples"})
         write_text_atomic(place / RANKS_DIR / f"rank_{rank.rank}.json", text + "\n")
 
     # Each file is synced; side by side the file system does that for many at once.

@@ -6,7 +6,14 @@ from typing import IO, Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from mlpstorage.results.models import RankResult, Record, Sample
+from mlpstorage.results.models import HostSample, RankResult, Record, Sample
+
+
+class Known(Record):
+    """Facts of every host, each told by its lowest rank, before the run begins; see `cluster.facts.host_facts`."""
+
+    type: Literal["hosts"] = "hosts"
+    hosts: tuple[dict[str, object], ...]
 
 
 class Progress(Record):
@@ -14,6 +21,19 @@ class Progress(Record):
 
     type: Literal["progress"] = "progress"
     sample: Sample
+
+
+class HostProgress(Record):
+    """A line of the time series of a host, likewise; its lowest rank takes it."""
+
+    type: Literal["host_progress"] = "host_progress"
+    sample: HostSample
+
+
+class Alive(Record):
+    """Rank 0 of several goes on, whatever else it has to tell: lines of the time series may be an hour apart."""
+
+    type: Literal["alive"] = "alive"
 
 
 class Warned(Record):
@@ -50,7 +70,7 @@ class Started(Record):
 class Snapshot(Record):
     """What a rank has measured so far, or in all: kept where the job ends without its `Finished`.
 
-    The result has no samples: those were told as they came.
+    The result has no samples, of the rank or of its host: those were told as they came.
     """
 
     type: Literal["snapshot"] = "snapshot"
@@ -79,7 +99,7 @@ class Finished(Record):
     ranks: tuple[RankResult, ...]
 
 
-Event = Started | Progress | Warned | Refused | Snapshot | Silent | Finished
+Event = Started | Known | Progress | HostProgress | Alive | Warned | Refused | Snapshot | Silent | Finished
 
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
 

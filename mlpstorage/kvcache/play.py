@@ -13,9 +13,10 @@ from mlpstorage.kvcache.block_io import BlockIO
 from mlpstorage.kvcache.dram_tier import SlotArena
 from mlpstorage.kvcache.engine import Engine
 from mlpstorage.kvcache.engine_config import EngineConfig
+from mlpstorage.kvcache.host_series import HostSampler, HostWatch
 from mlpstorage.kvcache.other_ranks import Existence
 from mlpstorage.kvcache.recorder import Recorder
-from mlpstorage.kvcache.sampler import SAMPLE_NS, Sampler
+from mlpstorage.kvcache.sampler import Sampler
 from mlpstorage.kvcache.sending import send
 from mlpstorage.kvcache.steadiness import Steadiness
 from mlpstorage.kvcache.together import Meet, Meeting, alone
@@ -25,7 +26,7 @@ from mlpstorage.measure.clock import NS, Clock
 from mlpstorage.measure.histogram import Histogram
 from mlpstorage.measure.process import ProcessorMeter
 from mlpstorage.measure.reuse import ReuseDistance
-from mlpstorage.results.models import Sample
+from mlpstorage.results.models import HostSample, Sample
 from mlpstorage.storage.ops import OpDone
 
 LAG_PROBE_NS = 5_000_000
@@ -35,7 +36,7 @@ DRAIN_LIMIT_S = 30.0
 """I/O that was running at the window's end and has not returned after this long is given up: the storage hangs."""
 
 SNAPSHOT_NS = 3 * NS
-"""Distance of two snapshots; the first is taken with the first line of the time series."""
+"""Distance of two snapshots; the first is taken with the first line of the time series, where that is not later."""
 
 INTERRUPTED_DRAIN_LIMIT_S = 2.0
 """The same after Ctrl-C or SIGTERM."""
@@ -73,12 +74,14 @@ class Timing:
         duration_ns: Length of the measured window.
         drain_limit_s: How long I/O that was running at the window's end may take to return.
         until_steady: Whether the warm-up ends as soon as the hit ratio is steady.
+        sample_ns: Distance of two lines of the time series.
     """
 
     warmup_ns: int
     duration_ns: int
     drain_limit_s: float = DRAIN_LIMIT_S
     until_steady: bool = False
+    sample_ns: int = NS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +101,13 @@ class Played:
         cpu_s: Processor time of this process inside the window.
         cpu_wait_s: How long its threads waited for processors inside the window, summed; None where not known.
         payload_cpu_s: Processor time of filling, stamping and checking payloads inside the window.
+        sampling_cpu_s: Processor time of the time series inside the window.
         loop_lag: How late the event loop was inside the window.
         recorder: All counts.
         reuse: How far apart the uses of blocks were.
         operations_digest: Digest of all that was looked up, loaded, stored and deleted.
         samples: The time series.
+        host_samples: That of the host, where this rank kept it.
         failures: Messages of the first verification failures of the whole run.
         verify_failures: Number of all of them.
         dropped_page_cache_bytes: Bytes that the page cache was made to forget; None where that is unknown.
@@ -120,11 +125,13 @@ class Played:
     cpu_s: float
     cpu_wait_s: float | None
     payload_cpu_s: float
+    sampling_cpu_s: float
     loop_lag: Histogram
     recorder: Recorder
     operations_digest: str
     reuse: ReuseDistance
     samples: tuple[Sample, ...]
+    host_samples: tuple[HostSample, ...]
     failures: tuple[str, ...]
     verify_failures: int
     dropped_page_cache_bytes: int | None
@@ -179,6 +186,7 @@ async def play(
     meet: Meet | None = None,
     on_snapshot: Callable[[Played], None] | None = None,
     existence: Existence | None = None,
+    host_watch: HostWatch | None = None,
 ) -> Played:
     """Play a workload through warm-up and window, then drain.
 
@@ -203,6 +211,7 @@ async def play(
             start. None for a rank alone, which begins as soon as it is ready.
         on_snapshot: Called every few seconds with what came of the run so far, without its samples.
         existence: Tells which blocks are on storage that other ranks write to as well; None where none does.
+        host_watch: Keeps the time series of the host; None where another rank of it does.
     """
     meet = meet or alone(clock)
     recorder = Recorder(
@@ -225,10 +234,7 @@ async def play(
     stopped = asyncio.create_task(stop.wait())
     if reused:
         await _reuse(engine, reused, cache, stop, stopped)
-    meeting = asyncio.create_task(meet(cache is None))
-    begin = Meeting(everyone=True, moment_ns=clock.now_ns())
-    if await _ends_first(meeting, stopped):
-        begin = meeting.result()
+    begin = await _beginning(meet, clock, stopped, known=cache is None)
     begin_ns = begin.moment_ns
     window_known = begin.everyone and not timing.until_steady
     if window_known:
@@ -246,9 +252,11 @@ async def play(
         recorder=recorder,
         clock=clock,
         begin_ns=begin_ns,
+        interval_ns=timing.sample_ns,
         block_bytes=stored_bytes * config.kv_ranks,
         on_sample=on_sample,
     )
+    host = None if host_watch is None else _host_sampler(host_watch, sampler, clock, begin_ns, timing)
     steady = Steadiness() if timing.until_steady else None
 
     def so_far(ending: Ending, error: MLPStorageError | None, *, end_ns: int, drain_ns: int) -> Played:
@@ -266,11 +274,13 @@ async def play(
             cpu_s=meter.cpu_s,
             cpu_wait_s=meter.wait_s,
             payload_cpu_s=recorder.payload_ns / NS,
+            sampling_cpu_s=sampler.cpu_s + (0.0 if host is None else host.cpu_s),
             loop_lag=lag,
             recorder=recorder,
             operations_digest=engine.operations_digest,
             reuse=engine.reuse,
             samples=(),
+            host_samples=(),
             failures=tuple(recorder.failures),
             verify_failures=recorder.verify_failures,
             dropped_page_cache_bytes=None if cache is None else cache.dropped_bytes,
@@ -294,8 +304,8 @@ async def play(
         meet=meet,
     )
     window_over = asyncio.create_task(window.over(begin_ns, known=window_known))
-    async with _running(sampler.run(), _probe_lag(clock, recorder, lag)):
-        async with _running(_snapshots(clock, begin_ns, snapshot)):
+    async with _running(sampler.run(), _probe_lag(clock, recorder, lag), *(() if host is None else (host.run(),))):
+        async with _running(_snapshots(clock, begin_ns + min(timing.sample_ns, SNAPSHOT_NS), snapshot)):
             await asyncio.wait({source, window_over, stopped}, return_when=asyncio.FIRST_COMPLETED)
         end_ns = clock.now_ns()
         recorder.close(end_ns)
@@ -310,13 +320,28 @@ async def play(
         await _end(source, window_over, stopped)
         blocks.cancel_queued()
         hung = not await _drained(engine, blocks, timing, ending, stop)
+    drained_ns = clock.now_ns()
+    host_samples = () if host is None else await host.finish()
     error = stop.error or _wrong_data(recorder)
     return replace(
-        so_far(Ending.FAILED if error is not None else ending, error, end_ns=end_ns, drain_ns=clock.now_ns() - end_ns),
+        so_far(Ending.FAILED if error is not None else ending, error, end_ns=end_ns, drain_ns=drained_ns - end_ns),
         in_flight_at_end=in_flight,
         samples=tuple(sampler.samples),
+        host_samples=host_samples,
         hung=hung,
     )
+
+
+def _host_sampler(watch: HostWatch, sampler: Sampler, clock: Clock, begin_ns: int, timing: Timing) -> HostSampler:
+    """Takes lines of the host as often as the rank's, in the same phases."""
+    return HostSampler(watch, clock=clock, begin_ns=begin_ns, interval_ns=timing.sample_ns, phase=sampler.phase)
+
+
+async def _beginning(meet: Meet, clock: Clock, stopped: asyncio.Task[None], *, known: bool) -> Meeting:
+    """What the ranks agree on for their begin, the vote being `known`; at once where the run is stopped before."""
+    begin = Meeting(everyone=True, moment_ns=clock.now_ns())
+    meeting = asyncio.create_task(meet(known))
+    return meeting.result() if await _ends_first(meeting, stopped) else begin
 
 
 async def _ends_first(task: asyncio.Task[Any], stopped: asyncio.Task[None]) -> bool:
@@ -328,9 +353,8 @@ async def _ends_first(task: asyncio.Task[Any], stopped: asyncio.Task[None]) -> b
     return True
 
 
-async def _snapshots(clock: Clock, begin_ns: int, snapshot: Callable[[], None]) -> None:
-    """Take snapshots until cancelled."""
-    due_ns = begin_ns + SAMPLE_NS
+async def _snapshots(clock: Clock, due_ns: int, snapshot: Callable[[], None]) -> None:
+    """Take snapshots until cancelled, the first when it is due."""
     while True:
         await clock.sleep_until(due_ns)
         snapshot()

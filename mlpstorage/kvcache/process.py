@@ -57,7 +57,7 @@ class Signals:
             self.notify()
 
 
-async def in_daemon(work: Callable[[A], T], argument: A) -> T:
+async def in_daemon(work: Callable[[A], T], argument: A, name: str = "page-cache") -> T:
     """Do blocking work in a thread that keeps nobody from ending, as those of asyncio's own pool would."""
     loop = asyncio.get_running_loop()
     finished: asyncio.Future[T] = loop.create_future()
@@ -74,5 +74,5 @@ async def in_daemon(work: Callable[[A], T], argument: A) -> T:
         else:
             finish(partial(finished.set_result, value))
 
-    threading.Thread(target=run, name="page-cache", daemon=True).start()
+    threading.Thread(target=run, name=name, daemon=True).start()
     return await finished

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,8 +32,18 @@ from mlpstorage.kvcache.cache import (
     place_warnings,
 )
 from mlpstorage.kvcache.engine_config import EngineConfig
-from mlpstorage.kvcache.events import EventWriter, Progress, Refused, Snapshot, Started, StartedRank
+from mlpstorage.kvcache.events import (
+    EventWriter,
+    HostProgress,
+    Known,
+    Progress,
+    Refused,
+    Snapshot,
+    Started,
+    StartedRank,
+)
 from mlpstorage.kvcache.existence import ExistenceThreads
+from mlpstorage.kvcache.host_series import counter_warnings, watch_host
 from mlpstorage.kvcache.pacing import Pacing
 from mlpstorage.kvcache.play import DRAIN_LIMIT_S, Ending, Played, Stop, Timing, play
 from mlpstorage.kvcache.played import build_workload
@@ -80,12 +90,12 @@ EXIT_LIMIT_S = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """All that a rank needs before its run begins."""
+    """All that a rank needs before its run begins. `facts` are None until the lowest rank of the host has told them."""
 
     spec: KVCacheSpec
     planned: Sizes
     workload: Workload
-    facts: dict[str, object]
+    facts: dict[str, object] | None
     place: Place
     store: BlockStore
     found: Found | None
@@ -121,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             assert prepared is not None, "every rank is prepared where none refused"
             if prepared.place.removal is not None:
                 prepared.place.removal.run_begins(keep=spec.keep_cache)
+            with _bounded(ranks):
+                prepared = _with_facts(prepared, ranks, writer)
             result, hung = asyncio.run(_run(prepared, run_id, ranks, writer, signals))
             exit_code = EXIT_CODE.SUCCESS if result.error is None else EXIT_CODE(result.error.exit_code)
             if hung:
@@ -214,6 +226,7 @@ def _prepare(
         case _:
             place = join_place(spec, sizes(spec), run_id, shared)
     spec, planned = _fitted(spec, place, ranks)
+    facts = host_facts(place.objects if isinstance(place.objects, Path) else None) if ranks.lowest_on_host else None
     store = make_store(spec, planned, place)
     store.open()
     cleanup.callback(store.close)
@@ -239,15 +252,22 @@ def _prepare(
         spec=spec,
         planned=planned,
         workload=workload,
-        facts=host_facts(place.objects if isinstance(place.objects, Path) else None),
+        facts=facts,
         place=place,
         store=store,
         found=found,
         arena=arena,
         io_engine=io_engine,
         existence=existence,
-        warnings=tuple(place_warnings(place, store, found)),
+        warnings=(*place_warnings(place, store, found), *(() if facts is None else counter_warnings())),
     )
+
+
+def _with_facts(prepared: Prepared, ranks: Ranks, writer: EventWriter) -> Prepared:
+    """Tell the launcher of every host, and each rank of its own: one rank of a host has gathered its facts."""
+    gathered = ranks.allgather(prepared.facts)
+    writer.send(Known(hosts=tuple(facts for facts in gathered if facts is not None)))
+    return replace(prepared, facts=ranks.told_on_host(prepared.facts))
 
 
 def _fitted(spec: KVCacheSpec, place: Place, ranks: Ranks) -> tuple[KVCacheSpec, Sizes]:
@@ -305,10 +325,11 @@ async def _run(
     signals.notify = lambda: loop.call_soon_threadsafe(stop.interrupt)
     if signals.seen:
         stop.interrupt()
+    hosts = ranks.allgather(os.uname().nodename)
     offset = ranks.clock_offset()
     together = Together(
         ranks=ranks,
-        hosts=ranks.allgather(os.uname().nodename),
+        hosts=hosts,
         offset=offset,
         clock=MonotonicClock(),
         writer=writer,
@@ -327,7 +348,14 @@ async def _run(
 
 
 async def _play(rank: "_Rank", together: Together, stop: Stop) -> Played:
-    prepared, spec = rank.prepared, rank.prepared.spec
+    prepared, spec, clock = rank.prepared, rank.prepared.spec, MonotonicClock()
+    host_watch = None
+    if rank.ranks.lowest_on_host:
+        host_watch = watch_host(
+            prepared.place.objects,
+            clock,
+            on_sample=lambda sample: together.tell(HostProgress(sample=sample).model_dump_json()),
+        )
 
     def on_snapshot(played: Played) -> None:
         together.tell(Snapshot(result=rank.result(played, RunStatus.RUNNING, None)).model_dump_json())
@@ -343,8 +371,9 @@ async def _play(rank: "_Rank", together: Together, stop: Stop) -> Played:
             duration_ns=round(spec.duration * NS),
             drain_limit_s=_drain_limit_s(spec),
             until_steady=spec.warmup == STEADY,
+            sample_ns=round(spec.timeseries_interval * NS),
         ),
-        clock=MonotonicClock(),
+        clock=clock,
         open_io=lambda on_operations: ThreadedIO(prepared.io_engine, on_operations),
         arena=prepared.arena,
         stop=stop,
@@ -354,6 +383,7 @@ async def _play(rank: "_Rank", together: Together, stop: Stop) -> Played:
         meet=together.meet,
         on_snapshot=on_snapshot,
         existence=prepared.existence,
+        host_watch=host_watch,
     )
 
 
@@ -421,7 +451,9 @@ class _Rank:
             if self.io_before is None or io_after is None
             else (io_after[0] - self.io_before[0], io_after[1] - self.io_before[1])
         )
-        cores = self.prepared.facts["usable_cores"]
+        facts = self.prepared.facts
+        assert facts is not None, "its host's lowest rank has told them"
+        cores = facts["usable_cores"]
         assert isinstance(cores, int)
         return RankResult(
             run_id=self.run_id,
@@ -458,6 +490,7 @@ class _Rank:
             client=RankClient(
                 cpu_s=played.cpu_s,
                 payload_cpu_s=played.payload_cpu_s,
+                sampling_cpu_s=played.sampling_cpu_s,
                 cpu_wait_s=played.cpu_wait_s,
                 cores=cores,
                 max_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -468,8 +501,9 @@ class _Rank:
             verify_failures=played.failures,
             dropped_page_cache_bytes=played.dropped_page_cache_bytes if _is_buffered(self.prepared.store) else 0,
             reuse=None if self.prepared.found is None else self.prepared.found.reuse,
-            host_facts=self.prepared.facts,
+            host_facts=facts,
             samples=played.samples,
+            host_samples=played.host_samples,
         )
 
 

@@ -28,7 +28,9 @@ _DAEMON_GRACE_S = 2.0
 OFFSET_ROUND_TRIPS = 20
 """Questions for the time of rank 0; the quickest answer of them counts."""
 
-_QUESTION_TAG, _POST_TAG = 1, 2
+_QUESTION_TAG, _POST_TAG, _TURN_TAG = 1, 2, 3
+
+_TURN_POLL_S = 0.001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,15 @@ class Ranks(Protocol):
         """Ranks that share this host's memory and file systems."""
         ...
 
+    @property
+    def lowest_on_host(self) -> bool:
+        """Whether this rank is the lowest of its host, which does what a host needs once."""
+        ...
+
+    def told_on_host(self, item: T) -> T:
+        """The item of the lowest rank on this host, for all ranks on it."""
+        ...
+
     def allgather(self, item: T) -> list[T]:
         """Every rank's item, in rank order, for every rank."""
         ...
@@ -99,6 +110,11 @@ class Alone:
     rank = 0
     size = 1
     ranks_on_host = 1
+    lowest_on_host = True
+
+    def told_on_host(self, item: T) -> T:
+        """The one item."""
+        return item
 
     def allgather(self, item: T) -> list[T]:
         """The one item."""
@@ -135,11 +151,16 @@ class MpiRanks:
         self._world = MPI.COMM_WORLD
         self.rank: int = self._world.Get_rank()
         self.size: int = self._world.Get_size()
-        on_host = self._world.Split_type(MPI.COMM_TYPE_SHARED)
-        self.ranks_on_host: int = on_host.Get_size()
-        on_host.Free()
+        self._on_host = self._world.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+        self.ranks_on_host: int = self._on_host.Get_size()
+        self.lowest_on_host: bool = self._on_host.Get_rank() == 0
         self._posted: list[MPI.Request] = []
         self._coming: list[tuple[int, MPI.Request]] = []
+
+    def told_on_host(self, item: T) -> T:
+        """The item of the lowest rank on this host, for all ranks on it."""
+        told: T = self._on_host.bcast(item, root=0)
+        return told
 
     def allgather(self, item: T) -> list[T]:
         """Every rank's item, in rank order, for every rank."""
@@ -152,17 +173,16 @@ class MpiRanks:
 
     def clock_offset(self) -> ClockOffset:
         """Compare `time.perf_counter_ns` with rank 0's, one rank after the other; all ranks do it together."""
-        mine = ClockOffset(offset_ns=0, error_ns=0)
+        if self.rank:
+            return self._ask_time()
         for other in range(1, self.size):
-            if self.rank == 0:
-                self._tell_time(other)
-            elif self.rank == other:
-                mine = self._ask_time()
-        return mine
+            self._tell_time(other)
+        return ClockOffset(offset_ns=0, error_ns=0)
 
     def _tell_time(self, other: int) -> None:
         """Answer the questions of one rank."""
         buffer = array("q", [0])
+        self._world.Send(buffer, dest=other, tag=_TURN_TAG)
         for _ in range(OFFSET_ROUND_TRIPS):
             self._world.Recv(buffer, source=other, tag=_QUESTION_TAG)
             buffer[0] = time.perf_counter_ns()
@@ -171,6 +191,10 @@ class MpiRanks:
     def _ask_time(self) -> ClockOffset:
         """Ask rank 0 for the time; what the quickest answer tells."""
         told, buffer = [], array("q", [0])
+        # Asleep until it is this rank's turn: MPI waits by looking all the time, and many ranks may share a processor.
+        while not self._world.Iprobe(source=0, tag=_TURN_TAG):
+            time.sleep(_TURN_POLL_S)
+        self._world.Recv(buffer, source=0, tag=_TURN_TAG)
         for _ in range(OFFSET_ROUND_TRIPS):
             asked_ns = time.perf_counter_ns()
             self._world.Send(buffer, dest=0, tag=_QUESTION_TAG)

@@ -1,20 +1,17 @@
-"""The time series: one line a second."""
+"""The time series of a rank: one line each interval."""
 
+import time
 from collections.abc import Callable
-from typing import Literal
 
 from mlpstorage.config import GIB
 from mlpstorage.kvcache.engine import Engine
 from mlpstorage.kvcache.recorder import Recorder
 from mlpstorage.measure.clock import NS, Clock
-from mlpstorage.results.models import Sample
-
-SAMPLE_NS = NS
-"""Distance of two lines of the time series."""
+from mlpstorage.results.models import Phase, Sample
 
 
 class Sampler:
-    """Takes a line of the time series every second.
+    """Takes a line of the time series each interval.
 
     Args:
         rank: Number of this rank.
@@ -22,6 +19,7 @@ class Sampler:
         recorder: Likewise.
         clock: The rank's clock.
         begin_ns: When the warm-up began.
+        interval_ns: Distance of two lines.
         block_bytes: Bytes that a block takes in DRAM and on storage, padding included.
         on_sample: Called with every line.
     """
@@ -34,6 +32,7 @@ class Sampler:
         recorder: Recorder,
         clock: Clock,
         begin_ns: int,
+        interval_ns: int,
         block_bytes: int,
         on_sample: Callable[[Sample], None],
     ) -> None:
@@ -42,20 +41,26 @@ class Sampler:
         self._recorder = recorder
         self._clock = clock
         self._begin_ns = begin_ns
+        self._interval_ns = interval_ns
         self._block_bytes = block_bytes
         self._on_sample = on_sample
         self.samples: list[Sample] = []
         self._last = (begin_ns, 0, 0)
+        self.cpu_s = 0.0
+        """Processor time that the lines of the window took."""
 
     async def run(self) -> None:
         """Take lines until cancelled."""
         due_ns = self._begin_ns
         while True:
-            due_ns += SAMPLE_NS
+            due_ns = next_line_ns(due_ns, self._clock.now_ns(), self._interval_ns)
             await self._clock.sleep_until(due_ns)
+            start_s = time.thread_time()
             sample = self._take(self._clock.now_ns())
             self.samples.append(sample)
             self._on_sample(sample)
+            if sample.phase == "window":
+                self.cpu_s += time.thread_time() - start_s
 
     def _take(self, now_ns: int) -> Sample:
         total, requests = self._recorder.total, self._recorder.total_requests
@@ -66,7 +71,7 @@ class Sampler:
         return Sample(
             rank=self._rank,
             t_s=round((now_ns - self._begin_ns) / NS, 3),
-            phase=self._phase(now_ns),
+            phase=self.phase(now_ns),
             requests_completed=requests.completed,
             requests_in_flight=self._engine.in_flight,
             prompt_tokens=requests.prompt_tokens,
@@ -81,8 +86,18 @@ class Sampler:
             write_queue_blocks=self._engine.write_queue_blocks,
         )
 
-    def _phase(self, now_ns: int) -> Literal["warmup", "window", "drain"]:
+    def phase(self, now_ns: int) -> Phase:
+        """The phase that a moment up to now belongs to."""
         start_ns = self._recorder.start_ns
         if start_ns is None or now_ns < start_ns:
             return "warmup"
         return "window" if self._recorder.inside(now_ns) else "drain"
+
+
+def next_line_ns(due_ns: int, now_ns: int, interval_ns: int) -> int:
+    """When the next line is due, after one that was due at `due_ns`: a whole number of intervals later, not yet past.
+
+    Lines that a busy client was too late for are left out: to take them one right after the other would give rates over
+    next to no time.
+    """
+    return due_ns + interval_ns * max(1, -((due_ns - now_ns) // interval_ns))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlpstorage.config import EXIT_CODE
-from mlpstorage.kvcache.events import EventWriter, Silent, SilentRank
+from mlpstorage.kvcache.events import Alive, EventWriter, Silent, SilentRank
 from mlpstorage.kvcache.ranks import ClockOffset, Ranks
 from mlpstorage.measure.clock import NS, Clock
 
@@ -166,6 +166,8 @@ class Together:
             if now_ns >= beat_ns:
                 beat_ns = now_ns + BEAT_NS
                 self._to_others(_Beat())
+                if self._ranks.rank == 0 and self._ranks.size > 1:
+                    self._writer.send(Alive())
 
     async def meet(self, vote: bool) -> Meeting:
         """Return when all ranks that still play are here; see `Meet`."""

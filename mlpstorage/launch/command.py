@@ -89,8 +89,12 @@ def ranks_on_host(spec: KVCacheSpec, layout: Layout) -> int:
 
 
 def rank_environment() -> dict[str, str]:
-    """The environment in which the ranks of this host, or their launcher, are started."""
-    return {"OPENBLAS_NUM_THREADS": "1"} | mpi_environment()
+    """The environment in which the ranks of this host, or their launcher, are started.
+
+    Open MPI hands its own variables to all ranks. One that waits inside MPI is to leave its core to those that work,
+    which may be its own I/O threads.
+    """
+    return {"OPENBLAS_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1"} | mpi_environment()
 
 
 def shown(command: list[str]) -> str:

@@ -6,7 +6,7 @@ They differ so much that no dialect needs to be known.
 
 import re
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError, RunError
@@ -30,10 +30,10 @@ def start_failure(text: str) -> MLPStorageError | None:
     return None
 
 
-def death(text: str, ranks: Mapping[int, Rank]) -> str | None:
+def death(text: str, ranks: Mapping[int, Rank], named: Sequence[str] = ()) -> str | None:
     """Which rank has died and how, from what the launcher has said; None where that tells nothing.
 
-    `ranks` are those that had told where they run.
+    `ranks` are those that had told where they run, `named` the hosts as the launcher was given them.
     """
     found = _OPEN_MPI_SIGNAL.search(text)
     if found is not None:
@@ -45,6 +45,11 @@ def death(text: str, ranks: Mapping[int, Rank]) -> str | None:
         return None
     pid, code = int(found["pid"]), int(found["code"])
     matching = [rank for rank in ranks.values() if rank.pid == pid]
+    if len(matching) > 1 and found["host"] in named:
+        # Hydra fills the hosts in their order, so that the first ranks' host is the first that was named.
+        own = list(dict.fromkeys(ranks[number].host for number in sorted(ranks)))
+        place = list(named).index(found["host"])
+        matching = [rank for rank in matching if own[place : place + 1] == [rank.host]]
     who = f"rank {matching[0].rank} on {matching[0].host}" if len(matching) == 1 else f"a rank on {found['host']}"
     return f"{who} was killed by {_signal_text(code)}"
 

@@ -14,7 +14,7 @@ from mlpstorage.spec.workload import DEFAULT_BLOCK_TOKENS, STEADY, STEADY_WARMUP
 from mlpstorage.storage.base import buffer_bytes, padded_bytes
 from mlpstorage.storage.location import S3Location
 
-CLIENT_BYTES = 300 * MIB
+CLIENT_BYTES = 250 * MIB
 """Memory that a rank may use beside its DRAM tier and its I/O buffers."""
 
 STORAGE_FREE_FRACTION = 5

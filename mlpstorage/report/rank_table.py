@@ -1,6 +1,6 @@
 """The ranks of a run, one a row, and what is to be said of some."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.table import Table
 from rich.text import Text
@@ -9,10 +9,12 @@ from mlpstorage.config import RunStatus
 from mlpstorage.report.tables import BAD, STATUS_STYLES, WARN, cell_text, new_table, note
 from mlpstorage.report.text import percent_text, plain, significant
 from mlpstorage.results.models import IncompleteRank
-from mlpstorage.results.summary import RankSummary, Summary
+from mlpstorage.results.summary import RankPercentile, RankSummary, Summary
 
 RANKS_SHOWN = 16
 """Rows that fit on a screen; the summary has all ranks."""
+
+_WORST_OF: Mapping[str, str] = {"ttft": "TTFT", "storage_read": "storage read", "storage_write": "storage write"}
 
 _NAMED = 3
 """Ranks that are named one by one in notes."""
@@ -21,6 +23,7 @@ _NAMED = 3
 def ranks_table(summary: Summary) -> Table:
     """All ranks, or those that one should look at: not complete, stragglers, and then the slowest readers."""
     table = new_table("Rank", "requests", "hits", "read GiB/s", "write GiB/s", "TTFT p95", "status")
+    table.columns[0].min_width = None
     table.add_column("host", overflow="fold")
     for rank in _shown(summary):
         numbers = (
@@ -38,11 +41,26 @@ def ranks_table(summary: Summary) -> Table:
     return table
 
 
-def ranks_numbers_missing(summary: Summary, latencies: Iterable[str]) -> bool:
-    """Whether any number of a rank that is shown is not there; of the latencies that is p95 of the worst rank."""
-    highest = (summary.latency[name].highest_of_ranks for name in latencies)
+def worst_table(summary: Summary) -> Table:
+    """The highest percentiles of any one rank, and whose they are."""
+    table = new_table("Worst rank", "p50 ms", "rank", "p95 ms", "rank", "p99 ms", "rank")
+    for key, name in _WORST_OF.items():
+        texts: list[str] = []
+        for one in _highest(summary, key):
+            texts += (significant(None), significant(None)) if one is None else (significant(one.ms), str(one.rank))
+        table.add_row(name, *map(cell_text, texts))
+    return table
+
+
+def _highest(summary: Summary, latency: str) -> tuple[RankPercentile | None, ...]:
+    highest = summary.latency[latency].highest_of_ranks
+    return (None,) * 3 if highest is None else (highest.p50_ms, highest.p95_ms, highest.p99_ms)
+
+
+def ranks_numbers_missing(summary: Summary) -> bool:
+    """Whether any number of a rank that is shown is not there."""
     rows = _shown(summary)
-    return any(one is None or one.p95_ms is None for one in highest) or any(
+    return any(None in _highest(summary, latency) for latency in _WORST_OF) or any(
         None in (row.hit_ratio_tokens, row.read_gib_per_s, row.write_gib_per_s, row.ttft_p95_ms) for row in rows
     )
 

@@ -21,7 +21,7 @@ from mlpstorage.report.meaning import (
     ttft_text,
     writes_text,
 )
-from mlpstorage.report.rank_table import rank_notes, ranks_numbers_missing, ranks_table
+from mlpstorage.report.rank_table import rank_notes, ranks_numbers_missing, ranks_table, worst_table
 from mlpstorage.report.tables import BAD, FAINT, GOOD, HEAD, STATUS_STYLES, WARN, cell_text, new_table, note
 from mlpstorage.report.text import (
     NOT_AVAILABLE,
@@ -33,7 +33,7 @@ from mlpstorage.report.text import (
     with_unit,
 )
 from mlpstorage.results.models import StorageCounts
-from mlpstorage.results.summary import Latency, Summary, TierRatios, Trials
+from mlpstorage.results.summary import DeviceUse, Latency, Summary, TierRatios, Trials
 
 _PIPE_WIDTH = 100_000
 """Columns of an output that is no terminal: nothing is cut or wrapped for a screen that is not there."""
@@ -43,6 +43,9 @@ _READING_WIDTH = 100
 
 _FAILURES_SHOWN = 3
 """Verification failures that are shown one by one; the summary keeps more."""
+
+_DEVICES_SHOWN = 4
+"""Devices that are shown, the busiest first; the summary has those of all hosts."""
 
 _LATENCY_NAMES = {
     "ttft": "TTFT",
@@ -93,8 +96,8 @@ def summary_table(summary: Summary, *, metadata: Mapping[str, object]) -> Render
     if len(summary.hosts) > 1:
         body += [_hosts_table(summary), Text()]
     if len(summary.ranks) > 1:
-        body += [ranks_table(summary), Text()]
-    body.append(_facts(summary))
+        body += [worst_table(summary), Text(), ranks_table(summary), Text()]
+    body.append(_facts(summary, metadata))
     attention = list(_attention(summary, metadata))
     if attention:
         body += [Text(), *attention]
@@ -200,21 +203,11 @@ def _storage_table(summary: Summary) -> Table:
 
 def _latency_table(summary: Summary) -> Table:
     table = new_table("Latency", "count", "mean ms", "p50 ms", "p95 ms", "p99 ms", "max ms")
-    several = len(summary.ranks) > 1
-    if several:
-        table.add_column("p95 ms of the worst rank", justify="right", no_wrap=True)
     for key, name in _LATENCY_NAMES.items():
         latency: Latency = summary.latency[key]
         values = (latency.mean_ms, latency.p50_ms, latency.p95_ms, latency.p99_ms, latency.max_ms)
-        worst = (_worst_rank_text(latency),) if several else ()
-        table.add_row(name, f"{latency.count:,}", *map(cell_text, (*map(significant, values), *worst)))
+        table.add_row(name, f"{latency.count:,}", *map(cell_text, map(significant, values)))
     return table
-
-
-def _worst_rank_text(latency: Latency) -> str:
-    """The highest p95 of any rank, and which that is."""
-    highest = None if latency.highest_of_ranks is None else latency.highest_of_ranks.p95_ms
-    return NOT_AVAILABLE if highest is None else f"{significant(highest.ms)} (rank {highest.rank})"
 
 
 def _hit_table(summary: Summary) -> Table:
@@ -239,7 +232,7 @@ def _hosts_table(summary: Summary) -> Table:
     return table
 
 
-def _facts(summary: Summary) -> Table:
+def _facts(summary: Summary, metadata: Mapping[str, object]) -> Table:
     requests, window, client, breakeven = summary.requests, summary.window, summary.client, summary.breakeven
     grid = facts_grid()
     grid.add_row(
@@ -265,7 +258,7 @@ def _facts(summary: Summary) -> Table:
     if summary.storage.read_burst_ratio is not None:
         grid.add_row(
             "Read bursts",
-            f"{significant(summary.storage.read_peak_gib_per_s)} GiB/s in the peak second, "
+            f"{significant(summary.storage.read_peak_gib_per_s)} GiB/s in the peak {_interval_text(metadata)}, "
             f"{significant(summary.storage.read_burst_ratio)} times the mean",
         )
     cpu, lag, wait = map(significant, (client.cpu_ms_per_gib, client.loop_lag_p99_ms, client.cpu_wait_s))
@@ -275,6 +268,8 @@ def _facts(summary: Summary) -> Table:
         f"{percent_text(client.payload_cpu_share)} of it for stamps and checks; waited {with_unit(wait, 's')} for a "
         f"processor; peak RSS of a rank {bytes_text(client.max_rss_bytes)}; loop lag p99 {with_unit(lag, 'ms')}",
     )
+    for use in sorted(summary.devices, key=lambda one: -one.busy_share)[:_DEVICES_SHOWN]:
+        grid.add_row("Device", _device_text(use, several=len(summary.hosts) > 1))
     if summary.reuse is not None:
         reuse = summary.reuse
         grid.add_row(
@@ -283,6 +278,22 @@ def _facts(summary: Summary) -> Table:
             f"found in {reuse.rebuild_s:.2f} s",
         )
     return grid
+
+
+def _interval_text(metadata: Mapping[str, object]) -> str:
+    """The distance of two lines of the time series in words."""
+    parameters = metadata.get("parameters")
+    interval_s = parameters.get("timeseries_interval", 1) if isinstance(parameters, Mapping) else 1
+    return "second" if interval_s == 1 else f"{_number(interval_s)} s"
+
+
+def _device_text(use: DeviceUse, *, several: bool) -> str:
+    """What all programs did with a device: where it is more than the run's own part, others used it, too."""
+    where = f" of {plain(use.host)}" if several else ""
+    return (
+        f"{plain(use.device)}{where}: {significant(use.read_gib_per_s)} GiB/s read and "
+        f"{significant(use.write_gib_per_s)} GiB/s written by all programs, {percent_text(use.busy_share)} busy"
+    )
 
 
 def _trials_table(trials: Trials) -> Table:
@@ -373,5 +384,5 @@ def _numbers_missing(summary: Summary) -> bool:
     shown_missing = (value is None for group in groups for name, value in group if name not in not_shown)
     client, saved = summary.client, summary.saved
     of_client = (client.cpu_ms_per_gib, client.payload_cpu_share, client.cpu_wait_s, client.loop_lag_p99_ms)
-    of_ranks = len(summary.ranks) > 1 and ranks_numbers_missing(summary, _LATENCY_NAMES)
+    of_ranks = len(summary.ranks) > 1 and ranks_numbers_missing(summary)
     return any(shown_missing) or None in of_client or (saved.requests > 0 and saved.p50_ms is None) or of_ranks

@@ -1,11 +1,13 @@
 """One summary of all ranks: counts are added, histograms are added, percentiles are never averaged."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from mlpstorage.config import GIB, RunStatus
 from mlpstorage.measure.histogram import Histogram, SignedHistogram
 from mlpstorage.measure.reuse import percentile_of
 from mlpstorage.results.adding import added, added_buckets, joined_digest, ratio, sum_or_none
+from mlpstorage.results.devices import device_use
 from mlpstorage.results.models import (
     LATENCIES,
     IncompleteRank,
@@ -52,6 +54,8 @@ VERIFY_FAILURES_KEPT = 100
 
 _STORAGE_LATENCIES = ("storage_read", "storage_write", "storage_delete", "storage_sync")
 
+_T_S_ROUNDING_S = 0.0006
+
 _SEVERITY = (RunStatus.COMPLETE, RunStatus.RUNNING, RunStatus.INTERRUPTED, RunStatus.FAILED)
 """A rank's status, the worst last. A rank that left `running` behind never finished, which is worse than complete."""
 
@@ -62,6 +66,7 @@ def merge_ranks(
     bytes_per_token: int,
     block_tokens: int,
     ttft_p95_ms_target: float,
+    timeseries_interval_s: float,
     trials: Trials | None = None,
     incomplete_ranks: Sequence[IncompleteRank] = (),
 ) -> Summary:
@@ -72,6 +77,7 @@ def merge_ranks(
         bytes_per_token: Bytes of KV cache of one token of the model.
         block_tokens: Tokens of a block.
         ttft_p95_ms_target: Target of the verdict, in ms.
+        timeseries_interval_s: Distance of two lines of the time series.
         trials: How much the trials differ; None where there was one.
         incomplete_ranks: Those without a final result; what they told last may be among `ranks`.
 
@@ -85,7 +91,7 @@ def merge_ranks(
     storage = _storage_sum(rank.storage for rank in ordered)
     latency = _latency(ordered)
     tokens = added(TtftCounts, [rank.first_tokens for rank in ordered])
-    peak_gib_per_s = _read_peak_gib_per_s(ordered)
+    peak_gib_per_s = _read_peak_gib_per_s(ordered, timeseries_interval_s)
     read_gib_per_s = ratio(storage.read_bytes / GIB, window.measured_s)
     status = max((rank.status for rank in ordered), key=_SEVERITY.index)
     return Summary(
@@ -119,6 +125,7 @@ def merge_ranks(
         dropped_page_cache_bytes=sum_or_none(rank.dropped_page_cache_bytes for rank in ordered),
         reuse=_reuse(ordered),
         hosts=_hosts(ordered, window.measured_s),
+        devices=device_use(ordered),
         ranks=rank_summaries(ordered, window.measured_s),
         stragglers=stragglers(ordered),
     )
@@ -220,6 +227,7 @@ def _client(ranks: Sequence[RankResult], storage: StorageCounts) -> Client:
         cpu_ms_per_gib=ratio(cpu_s * 1000, moved_bytes / GIB),
         payload_cpu_s=payload_cpu_s,
         payload_cpu_share=ratio(payload_cpu_s, cpu_s),
+        sampling_cpu_s=sum(rank.client.sampling_cpu_s for rank in ranks),
         cpu_wait_s=sum(waits_s) if len(waits_s) == len(ranks) else None,
         max_rss_bytes=max(rank.client.max_rss_bytes for rank in ranks),
         os_read_bytes=sum_or_none(rank.client.os_read_bytes for rank in ranks),
@@ -337,15 +345,19 @@ def _slo(ttft: Latency, target_ms: float, tokens: TtftCounts, measured_s: float)
     )
 
 
-def _read_peak_gib_per_s(ranks: Sequence[RankResult]) -> float | None:
-    """Most that all ranks together read in a second of the window: their samples' rates added, second by second."""
-    of_second: dict[int, float] = {}
+def _read_peak_gib_per_s(ranks: Sequence[RankResult], interval_s: float) -> float | None:
+    """Most that all ranks together read in an interval of the window: their samples' rates added, line by line.
+
+    A line is never early, and one that is a whole interval late is left out, so that a rank has one line at most in
+    each; `t_s` is rounded to milliseconds.
+    """
+    of_line: dict[int, float] = {}
     for rank in ranks:
         for sample in rank.samples:
             if sample.phase == "window":
-                second = round(sample.t_s)
-                of_second[second] = of_second.get(second, 0.0) + sample.read_gib_per_s
-    return max(of_second.values(), default=None)
+                line = math.floor((sample.t_s + _T_S_ROUNDING_S) / interval_s)
+                of_line[line] = of_line.get(line, 0.0) + sample.read_gib_per_s
+    return max(of_line.values(), default=None)
 
 
 def _all_steady(steady: Iterable[bool | None]) -> bool | None:

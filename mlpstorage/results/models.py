@@ -197,10 +197,12 @@ class RankClient(Record):
 
     `payload_cpu_s` is the part of `cpu_s` that filling, stamping and checking payloads took. `cpu_wait_s` is how long
     threads were ready to run and waited for a processor, summed over threads; None where the kernel does not tell.
+    `sampling_cpu_s` is the part of `cpu_s` that the lines of both time series took.
     """
 
     cpu_s: float
     payload_cpu_s: float
+    sampling_cpu_s: float
     cpu_wait_s: float | None
     cores: int
     max_rss_bytes: int
@@ -209,12 +211,15 @@ class RankClient(Record):
     loop_lag: HistogramData
 
 
+Phase = Literal["warmup", "window", "drain"]
+
+
 class Sample(Record):
     """One line of the time series: counters since the rank began, taken `t_s` seconds after that."""
 
     rank: int
     t_s: float
-    phase: Literal["warmup", "window", "drain"]
+    phase: Phase
     requests_completed: int
     requests_in_flight: int
     prompt_tokens: int
@@ -227,6 +232,81 @@ class Sample(Record):
     storage_used_bytes: int
     cpu_used_bytes: int
     write_queue_blocks: int
+
+
+class CpuShares(Record):
+    """Parts of the processor time of all cores since the line before; they add up to 1."""
+
+    user_share: float
+    system_share: float
+    iowait_share: float
+    steal_share: float
+    idle_share: float
+
+
+class HostMemory(Record):
+    """Memory of the host at this moment, of /proc/meminfo."""
+
+    available_bytes: int | None
+    cached_bytes: int | None
+    dirty_bytes: int | None
+
+
+class VmRates(Record):
+    """Of /proc/vmstat: what went to and from block devices and swap since the line before, and pages at this moment."""
+
+    page_in_bytes_per_s: float | None
+    page_out_bytes_per_s: float | None
+    swap_in_bytes_per_s: float | None
+    swap_out_bytes_per_s: float | None
+    file_pages_bytes: int | None
+    dirty_bytes: int | None
+    writeback_bytes: int | None
+
+
+class DiskRates(Record):
+    """One block device since the line before, whoever used it; `in_flight` as of this moment.
+
+    `busy_share` is the part of the time in which any request was in flight.
+    """
+
+    reads_per_s: float | None
+    read_bytes_per_s: float | None
+    read_mean_ms: float | None
+    writes_per_s: float | None
+    written_bytes_per_s: float | None
+    write_mean_ms: float | None
+    busy_share: float | None
+    queue_mean: float | None
+    in_flight: int
+
+
+class NetRates(Record):
+    """One network interface since the line before; `errors` and `drops` of both directions."""
+
+    received_bytes_per_s: float | None
+    received_packets_per_s: float | None
+    sent_bytes_per_s: float | None
+    sent_packets_per_s: float | None
+    errors_per_s: float | None
+    drops_per_s: float | None
+
+
+class HostSample(Record):
+    """One line of a host's time series, over the `interval_s` seconds that end `t_s` after its first rank began.
+
+    A part is None where the host does not tell; a device or interface, where it has gone or come since the line before.
+    """
+
+    host: str
+    t_s: float
+    interval_s: float
+    phase: Phase
+    cpu: CpuShares | None
+    memory: HostMemory | None
+    vm: VmRates | None
+    disks: dict[str, DiskRates | None] | None
+    networks: dict[str, NetRates | None] | None
 
 
 class Reuse(Record):
@@ -279,7 +359,10 @@ LATENCIES = (
 
 
 class RankResult(Record):
-    """All that one rank measured. Stored as `ranks/rank_<N>.json`, without the time series."""
+    """All that one rank measured. Stored as `ranks/rank_<N>.json`, without the time series.
+
+    `host_samples` are those of its host, which the host's lowest rank takes; the others have none.
+    """
 
     schema_version: int = SCHEMA_VERSION
     run_id: str
@@ -304,3 +387,4 @@ class RankResult(Record):
     reuse: Reuse | None
     host_facts: dict[str, object]
     samples: tuple[Sample, ...]
+    host_samples: tuple[HostSample, ...]

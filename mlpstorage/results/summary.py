@@ -151,6 +151,7 @@ class Client(Record):
     cpu_ms_per_gib: float | None
     payload_cpu_s: float
     payload_cpu_share: float | None
+    sampling_cpu_s: float
     cpu_wait_s: float | None
     max_rss_bytes: int
     os_read_bytes: int | None
@@ -298,6 +299,17 @@ class HostSummary(Record):
     write_gib_per_s: float | None
 
 
+class DeviceUse(Record):
+    """The block device below a host's cache directory inside the window, whoever used it; see `results.devices`."""
+
+    host: str
+    device: str
+    covered_s: float
+    read_gib_per_s: float
+    write_gib_per_s: float
+    busy_share: float
+
+
 class Summary(Record):
     """`summary.json` of a KV-cache run."""
 
@@ -327,5 +339,6 @@ class Summary(Record):
     dropped_page_cache_bytes: int | None
     reuse: Reuse | None
     hosts: tuple[HostSummary, ...]
+    devices: tuple[DeviceUse, ...]
     ranks: tuple[RankSummary, ...]
     stragglers: tuple[Straggler, ...]

@@ -2,11 +2,13 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from mlpstorage.measure.histogram import Histogram, SignedHistogram
 from mlpstorage.results.adding import added, added_buckets, joined_digest, sum_or_none
 from mlpstorage.results.models import (
     HistogramData,
+    HostSample,
     RankClient,
     RankClock,
     RankResult,
@@ -23,6 +25,8 @@ from mlpstorage.results.summary import (
     Summary,
     Trials,
 )
+
+SampleT = TypeVar("SampleT", Sample, HostSample)
 
 
 def compared(summaries: Sequence[Summary]) -> Trials:
@@ -106,7 +110,8 @@ def _pooled_rank(results: Sequence[RankResult]) -> RankResult:
             "client": _pooled_client([one.client for one in results]),
             "verify_failures": tuple(failure for one in results for failure in one.verify_failures),
             "dropped_page_cache_bytes": sum_or_none(one.dropped_page_cache_bytes for one in results),
-            "samples": tuple(_one_after_the_other([one.samples for one in results])),
+            "samples": tuple(_one_after_the_other([one.samples for one in results], _ends_s(results))),
+            "host_samples": tuple(_one_after_the_other([one.host_samples for one in results], _ends_s(results))),
         }
     )
 
@@ -116,6 +121,7 @@ def _pooled_client(clients: Sequence[RankClient]) -> RankClient:
     return RankClient(
         cpu_s=sum(one.cpu_s for one in clients),
         payload_cpu_s=sum(one.payload_cpu_s for one in clients),
+        sampling_cpu_s=sum(one.sampling_cpu_s for one in clients),
         cpu_wait_s=sum(waits_s) if len(waits_s) == len(clients) else None,
         cores=max(one.cores for one in clients),
         max_rss_bytes=max(one.max_rss_bytes for one in clients),
@@ -134,11 +140,17 @@ def _one_digest(digests: Sequence[str]) -> str:
     return joined_digest(digests[:1] if len(set(digests)) == 1 else digests)
 
 
-def _one_after_the_other(trials: Sequence[Sequence[Sample]]) -> Iterator[Sample]:
+def _ends_s(trials: Sequence[RankResult]) -> list[float]:
+    """When the last line of each trial was taken."""
+    return [
+        max([line.t_s for line in one.samples] + [line.t_s for line in one.host_samples], default=0.0) for one in trials
+    ]
+
+
+def _one_after_the_other(trials: Sequence[Sequence[SampleT]], ends_s: Sequence[float]) -> Iterator[SampleT]:
     """The time series of the trials, each beginning where the one before ended."""
     begin_s = 0.0
-    for samples in trials:
+    for samples, end_s in zip(trials, ends_s, strict=True):
         for sample in samples:
             yield sample.model_copy(update={"t_s": round(begin_s + sample.t_s, 3)})
-        if samples:
-            begin_s += samples[-1].t_s
+        begin_s += end_s

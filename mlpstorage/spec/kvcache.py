@@ -100,6 +100,15 @@ class KVCacheSpec(StorageSpec):
         Field(description="where results are kept"),
         Option(flags=("--results-dir", "-rd"), group=OUTPUT, metavar="DIR", rank=False),
     ] = DEFAULT_RESULTS_DIR
+    timeseries_interval: Annotated[
+        float,
+        Field(
+            ge=0.1,
+            le=3600,
+            description="seconds between two lines of the time series of ranks and hosts, 0.1 to 3600",
+        ),
+        Option(flags=("--timeseries-interval",), group=OUTPUT, metavar="SECONDS"),
+    ] = 1.0
     label: Annotated[
         dict[str, str],
         Field(description="note kept with the result; may be repeated"),

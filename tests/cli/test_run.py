@@ -178,6 +178,7 @@ def test_result_directory_has_the_published_layout(run: Run) -> None:
         f"kv_cache_{datetime}_metadata.json",
         "summary.json",
         "timeseries.jsonl",
+        "timeseries_hosts.jsonl",
         "ranks",
         "logs",
     }
@@ -192,9 +193,9 @@ def test_summary_has_every_published_key(run: Run) -> None:
     assert {"schema_version", "benchmark_type", "run_id", "workload_digest"} <= set(summary)
     assert summary["benchmark_type"] == "kv_cache"
     for latency in summary["latency"].values():
-        assert set(latency) == LATENCY_KEYS
+        assert set(latency) == LATENCY_KEYS | {"highest_of_ranks"}
     for ratios in summary["hit_ratio"].values():
-        assert set(ratios) == {"gpu", "cpu", "storage", "total"}
+        assert set(ratios) == {"gpu", "cpu", "storage", "cross_rank", "total"}
     (host,) = summary["hosts"]
     assert set(host) == {"host", "ranks", "first_done_s", "last_done_s", "read_gib_per_s", "write_gib_per_s"}
     storage = summary["storage"]

@@ -76,6 +76,9 @@ def check_what_is_kept(run: Run) -> None:
         assert summary["storage_total"][name] == sum(rank["storage_total"][name] for rank in ranks)
     assert all(rank["storage_total"]["write_ops"] > 0 for rank in ranks)
     assert all(rank["status"] != "complete" and rank["error"] for rank in ranks)
+    host_lines = [json.loads(line) for line in (run.directory / "timeseries_hosts.jsonl").read_text().splitlines()]
+    assert {line["host"] for line in host_lines} == {os.uname().nodename}
+    assert host_lines[-1]["t_s"] >= 2
     for number, rank in enumerate(ranks):
         # Counters of a rank only grow: its last numbers lie between two lines of its time series.
         window = rank["window"]
@@ -99,7 +102,7 @@ def test_a_rank_that_stands_still_ends_the_run(cli: Cli, rank: int) -> None:
     """Within the 60 s that are waited for it: exit code 7 and its host and number, also of rank 0; no process stays."""
     run, exit_code, errors = lost_rank(cli, rank, signal.SIGSTOP)
     assert exit_code == 7
-    assert f"rank {rank} on {os.uname().nodename}: not heard of for 15 s" in errors
+    assert f"rank {rank} on {os.uname().nodename}: not heard of for 10 s" in errors
     check_what_is_kept(run)
     with pytest.raises(AssertionError, match="no process"):
         rank_process(rank, run.metadata["run_id"])

@@ -206,6 +206,23 @@ def test_ranks_end_a_steady_warm_up_together(tmp_path: Path) -> None:
     assert min(warmups_s) % 5 < 2
 
 
+def test_one_rank_of_a_host_tells_of_it(result: tuple[Path, dict[str, Any]]) -> None:
+    """Two ranks on one host: its facts and its time series are there once, and both rank files have the facts."""
+    directory, _ = result
+    (path,) = directory.glob("kv_cache_*_metadata.json")
+    cluster = json.loads(path.read_text())["cluster_information"]
+    (host,) = cluster["hosts"]
+    assert cluster["summary"]["hosts"] == 1
+    assert host["host"] == os.uname().nodename
+    assert [rank["host_facts"] for rank in ranks_of(directory)] == [host, host]
+    lines = [json.loads(line) for line in (directory / "timeseries_hosts.jsonl").read_text().splitlines()]
+    times_s = [line["t_s"] for line in lines]
+    assert len(times_s) >= 2
+    assert times_s == sorted(set(times_s))
+    assert {line["host"] for line in lines} == {os.uname().nodename}
+    assert sum(line["interval_s"] for line in lines) == pytest.approx(times_s[-1], abs=0.2)
+
+
 def test_metadata_names_ranks_and_hosts(result: tuple[Path, dict[str, Any]]) -> None:
     """Metadata says how the ranks were started and where they ran, and by which MPI."""
     directory, summary = result

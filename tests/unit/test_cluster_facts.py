@@ -1,8 +1,8 @@
 """Facts of a host: the parsers on files of several distributions, and what is gathered here against other sources.
 
-tests/data/hosts/debian12-x86_64 was captured on a virtual machine; the Ubuntu and Rocky files are written by hand
-after the kernel's formats, with what differs: another processor family, cgroup v2 only, network, logical and striped
-devices, escapes and quotes.
+tests/data/hosts/debian12-x86_64 was captured on a virtual machine; the others are written by hand after the kernel's
+formats, with what differs: other processor families, cgroup v2 only, network, logical and striped devices, subvolumes,
+escapes and quotes.
 """
 
 import ipaddress
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pydantic
 import pytest
 
 from mlpstorage import __version__
@@ -23,9 +24,7 @@ from mlpstorage.cluster.facts import (
     CgroupLimits,
     CpuInfo,
     available_memory_bytes,
-    block_device_facts,
     cgroup_limits,
-    cluster_information,
     existing_ancestor,
     file_system_space,
     host_facts,
@@ -38,12 +37,12 @@ from mlpstorage.cluster.facts import (
     parse_memory_limit,
     parse_mounts,
     parse_os_release,
-    summarize,
 )
 from mlpstorage.cluster.locality import is_local
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "hosts"
 DEBIAN, UBUNTU, ROCKY = "debian12-x86_64", "ubuntu2404-arm64", "rocky9-x86_64"
+SLES, AMAZON = "sles15-x86_64", "amazon2023-arm64"
 
 
 def captured(host: str, name: str) -> str:
@@ -65,6 +64,8 @@ def tree(root: Path, files: dict[str, str]) -> Path:
         (DEBIAN, CpuInfo(model="AMD EPYC", sockets=1, logical_cores=2)),
         (UBUNTU, CpuInfo(model="Arm Neoverse-N1", sockets=None, logical_cores=4)),
         (ROCKY, CpuInfo(model="Intel(R) Xeon(R) Gold 6338 CPU @ 2.00GHz", sockets=2, logical_cores=8)),
+        (SLES, CpuInfo(model="AMD EPYC 9354 32-Core Processor", sockets=2, logical_cores=4)),
+        (AMAZON, CpuInfo(model="Arm Neoverse-V1", sockets=None, logical_cores=2)),
     ],
 )
 def test_cpuinfo(host: str, expected: CpuInfo) -> None:
@@ -85,7 +86,13 @@ def test_cpuinfo_that_tells_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("host", "total_kib", "available_kib"),
-    [(DEBIAN, 24684084, 24423760), (UBUNTU, 7959572, 6183424), (ROCKY, 527952444, 515330128)],
+    [
+        (DEBIAN, 24684084, 24423760),
+        (UBUNTU, 7959572, 6183424),
+        (ROCKY, 527952444, 515330128),
+        (SLES, 394912344, 381220408),
+        (AMAZON, 3910244, 3420120),
+    ],
 )
 def test_meminfo(host: str, total_kib: int, available_kib: int) -> None:
     """Sizes become bytes; counts of huge pages do not pass for sizes."""
@@ -117,6 +124,11 @@ def test_meminfo(host: str, total_kib: int, available_kib: int) -> None:
         (ROCKY, "/lustre/a", "10.2.0.1@o2ib:/scratch", "/lustre", "lustre"),
         (ROCKY, "/mnt/back\\slash\ttab/a", "/dev/md0", "/mnt/back\\slash\ttab", "ext4"),
         (ROCKY, "/", "/dev/mapper/rl-root", "/", "xfs"),
+        (SLES, "/var/cache/kv", "/dev/sda3", "/var", "btrfs"),
+        (SLES, "/kvcache/rank_0", "/dev/md127", "/kvcache", "xfs"),
+        (SLES, "/flash", "10.20.0.5@tcp:/flash", "/flash", "lustre"),
+        (AMAZON, "/local/kv", "/dev/nvme1n1", "/local", "xfs"),
+        (AMAZON, "/shared/kv", "fs-0123456789abcdef0.efs.us-east-1.amazonaws.com:/", "/shared", "nfs4"),
     ],
 )
 def test_mount_of(host: str, path: str, device: str, mount_point: str, fs_type: str) -> None:
@@ -142,6 +154,8 @@ def test_mount_options_and_bind_mounts() -> None:
         (DEBIAN, "Debian GNU/Linux 12 (bookworm)"),
         (UBUNTU, "Ubuntu 24.04.1 LTS"),
         (ROCKY, "Rocky Linux 9.4 (Blue Onyx)"),
+        (SLES, "SUSE Linux Enterprise Server 15 SP6"),
+        (AMAZON, "Amazon Linux 2023.6.20241212"),
     ],
 )
 def test_os_release(host: str, name: str) -> None:
@@ -273,63 +287,6 @@ def test_no_cgroup(tmp_path: Path) -> None:
     assert cgroup_limits(tmp_path) == none
 
 
-def test_block_device_of_a_partition(tmp_path: Path) -> None:
-    """Size is the partition's, in sectors of 512 bytes; model and queue are the disk's."""
-    disk = "sys/devices/pci0/nvme/nvme0/nvme0n1"
-    root = tree(
-        tmp_path,
-        {
-            f"{disk}/size": "7501476528\n",
-            f"{disk}/device/model": "SAMSUNG MZQL23T8HCLS-00A07              \n",
-            f"{disk}/queue/rotational": "0\n",
-            f"{disk}/queue/nr_requests": "1023\n",
-            f"{disk}/queue/scheduler": "[none] mq-deadline kyber\n",
-            f"{disk}/nvme0n1p1/partition": "1\n",
-            f"{disk}/nvme0n1p1/size": "2097152\n",
-        },
-    )
-    (root / "sys/class/block").mkdir(parents=True)
-    (root / "sys/class/block/nvme0n1p1").symlink_to(root / disk / "nvme0n1p1")
-    assert block_device_facts(root / "sys/class/block/nvme0n1p1") == {
-        "name": "nvme0n1p1",
-        "disk": "nvme0n1",
-        "model": "SAMSUNG MZQL23T8HCLS-00A07",
-        "rotational": False,
-        "size_bytes": 1 << 30,
-        "queue_depth": 1023,
-        "scheduler": "none",
-        "parts": [],
-    }
-
-
-def test_block_device_that_tells_little(tmp_path: Path) -> None:
-    """A striped device names its parts; what it does not tell is None."""
-    (tmp_path / "md0/slaves/nvme1n1").mkdir(parents=True)
-    (tmp_path / "md0/slaves/nvme0n1").mkdir()
-    facts = block_device_facts(tree(tmp_path, {"md0/queue/rotational": "1\n"}) / "md0")
-    assert (facts["parts"], facts["rotational"]) == (["nvme0n1", "nvme1n1"], True)
-    assert [facts[key] for key in ("model", "size_bytes", "queue_depth", "scheduler")] == [None] * 4
-
-
-def test_network_interfaces(tmp_path: Path) -> None:
-    """Speeds in Mbit/s, None for links without one; the loopback and what is no interface are left out."""
-    files = {
-        "eth1/speed": "-1\n",
-        "eth1/operstate": "up\n",
-        "eth0/speed": "200000\n",
-        "eth0/operstate": "up\n",
-        "ib0/operstate": "down\n",
-        "lo/operstate": "unknown\n",
-        "bonding_masters": "bond0\n",
-    }
-    assert network_interfaces(tree(tmp_path, files)) == [
-        {"name": "eth0", "speed_mbit_per_s": 200000, "state": "up"},
-        {"name": "eth1", "speed_mbit_per_s": None, "state": "up"},
-        {"name": "ib0", "speed_mbit_per_s": None, "state": "down"},
-    ]
-    assert network_interfaces(tmp_path / "missing") == []
-
-
 def test_existing_ancestor(tmp_path: Path) -> None:
     """The way up ends at what exists; links are followed, also one whose target is still missing."""
     (tmp_path / "disk").mkdir()
@@ -363,8 +320,11 @@ def test_facts_of_this_machine_agree_with_other_sources(tmp_path: Path) -> None:
     assert facts["os"] == platform.freedesktop_os_release()["PRETTY_NAME"]
     assert facts["python"] == platform.python_version()
     assert facts["mlpstorage"] == __version__
-    names = {str(interface["name"]) for interface in network_interfaces(Path("/sys/class/net"))}
+    names = {str(interface["name"]) for interface in network_interfaces()}
     assert names == set(psutil.net_if_stats()) - {"lo"}
+    packages = facts["packages"]
+    assert isinstance(packages, dict)
+    assert packages["pydantic"] == pydantic.VERSION
     mount = facts["cache_mount"]
     assert isinstance(mount, dict)
     space = os.statvfs(tmp_path)
@@ -403,46 +363,6 @@ def test_available_memory_of_this_machine() -> None:
     value = available_memory_bytes()
     after = psutil.virtual_memory().available
     assert 0 < value <= 1.1 * max(before, after)
-
-
-def host(name: str, **changes: object) -> dict[str, object]:
-    """Facts of a made-up host."""
-    mount = {"device": "/dev/nvme0n1", "type": "xfs", "free_bytes": len(name)}
-    facts = {"host": name, "logical_cores": 64, "memory_total_bytes": 1 << 39, "kernel": "6.8", "cache_mount": mount}
-    return {**facts, **changes}
-
-
-def test_summary_of_equal_hosts() -> None:
-    """Totals are sums; what always differs (names, room) is no difference."""
-    assert summarize([host("a"), host("bb"), host("ccc")]) == {
-        "hosts": 3,
-        "total_cores": 192,
-        "total_memory_bytes": 3 << 39,
-        "differences": {},
-    }
-
-
-def test_summary_calls_out_differences() -> None:
-    """Each differing fact lists its values, and the hosts of each; nested facts have dotted names."""
-    other_mount = {"device": "/dev/nvme0n1", "type": "ext4", "free_bytes": 1}
-    summary = summarize([host("a"), host("b", kernel="6.1"), host("c", cache_mount=other_mount), host("d", gpu="H100")])
-    assert summary["differences"] == {
-        "cache_mount.type": [{"value": "xfs", "hosts": ["a", "b", "d"]}, {"value": "ext4", "hosts": ["c"]}],
-        "gpu": [{"value": None, "hosts": ["a", "b", "c"]}, {"value": "H100", "hosts": ["d"]}],
-        "kernel": [{"value": "6.8", "hosts": ["a", "c", "d"]}, {"value": "6.1", "hosts": ["b"]}],
-    }
-
-
-def test_summary_keeps_what_is_unknown() -> None:
-    """A total to which one host cannot add its part is None, not a smaller number."""
-    summary = summarize([host("a"), host("b", logical_cores=None)])
-    assert (summary["total_cores"], summary["total_memory_bytes"]) == (None, 2 << 39)
-
-
-def test_cluster_information() -> None:
-    """Every host's facts stay whole beside the summary."""
-    hosts = [host("a"), host("b", kernel="6.1")]
-    assert cluster_information(hosts) == {"hosts": hosts, "summary": summarize(hosts)}
 
 
 def test_facts_start_no_process_and_ask_no_network() -> None:

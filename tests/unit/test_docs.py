@@ -11,10 +11,12 @@ import pytest
 from pydantic import BaseModel
 
 from mlpstorage.cli.parser import PROGRAMS, build_parser
-from mlpstorage.config import EXIT_CODE
+from mlpstorage.cluster.facts import host_facts
+from mlpstorage.config import EXIT_CODE, HOST_SERIES
 from mlpstorage.results.models import (
     LATENCIES,
     SCHEMA_VERSION,
+    HostSample,
     RankResult,
     Sample,
 )
@@ -117,11 +119,17 @@ def test_every_key_of_the_time_series_is_defined() -> None:
     assert table_keys(section_of("timeseries.jsonl")) == set(Sample.model_fields)
 
 
+def test_every_key_of_the_hosts_time_series_is_defined() -> None:
+    """The section of timeseries_hosts.jsonl has a row for each key of a line and of its parts, and no other."""
+    assert table_keys(section_of(HOST_SERIES)) == field_names(HostSample)
+
+
 def test_every_key_of_a_rank_file_is_named() -> None:
-    """A rank file has the rank's result without its samples, which are in the time series."""
-    wanted = field_names(RankResult) - set(Sample.model_fields) - {"samples"}
+    """A rank file has the rank's result without its samples and its host's, which are in the time series."""
+    series = {"samples", "host_samples"}
+    wanted = field_names(RankResult) - set(Sample.model_fields) - series
     assert wanted - in_code(NUMBERS) == set()
-    written = set(RankResult.model_fields) - {"samples"}
+    written = set(RankResult.model_fields) - series
     assert written <= table_keys(section_of("ranks/rank_N.json"))
 
 
@@ -131,6 +139,12 @@ def test_no_number_is_defined_that_does_not_exist() -> None:
     keys = table_keys(NUMBERS)
     assert len(keys) > 80
     assert keys - known == set()
+
+
+def test_every_fact_of_a_host_is_defined() -> None:
+    """The page of the metadata has a row for each fact that is gathered of a host."""
+    facts = sections((DOCS / "metadata.md").read_text(encoding="utf-8"))["The hosts"]
+    assert set(host_facts(DOCS)) - table_keys(facts) == set()
 
 
 def test_the_documented_schema_version_is_the_current_one() -> None:

@@ -9,10 +9,10 @@ import pytest
 from mlpstorage.benchmarks.job import Job, judge
 from mlpstorage.config import RunStatus
 from mlpstorage.errors import RunError, RunTimeoutError
-from mlpstorage.kvcache.events import Event, Finished, Progress, Silent, SilentRank, Snapshot
+from mlpstorage.kvcache.events import Event, Finished, HostProgress, Known, Progress, Silent, SilentRank, Snapshot
 from mlpstorage.launch.process import JobOutcome
 from mlpstorage.report.progress import NoProgress
-from mlpstorage.results.models import IncompleteRank, RankResult, Sample
+from mlpstorage.results.models import HostSample, IncompleteRank, RankResult, Sample
 from tests.records import NO_STORAGE, merge, rank, window
 
 KILLED = JobOutcome(returncode=137, interrupted=False, stderr_tail="a rank was killed")
@@ -46,7 +46,7 @@ def place(tmp_path: Path) -> Path:
 
 def heard(place: Path, *events: Event) -> Job:
     """A job that told these events, and is over."""
-    job = Job(NoProgress(), place, logging.getLogger("test"))
+    job = Job(NoProgress(), place, logging.getLogger("test"), on_hosts=lambda _: None)
     for event in events:
         job.line(event.model_dump_json().encode() + b"\n")
     job.close()
@@ -71,6 +71,32 @@ def test_the_last_numbers_of_each_rank_are_kept_once(place: Path) -> None:
     assert [one.t_s for one in ranks[0].samples] == [7.0, 8.0]
     with pytest.raises(RunError, match="kept, marked incomplete"):
         judge(KILLED, job, summary)
+
+
+def of_host(host: str, t_s: float) -> HostProgress:
+    """The event of a line of a host's time series, without its parts."""
+    parts = dict.fromkeys(("cpu", "memory", "vm", "disks", "networks"))
+    return HostProgress(sample=HostSample(host=host, t_s=t_s, interval_s=1.0, phase="window", **parts))
+
+
+def test_lines_of_all_hosts_are_kept_once(place: Path) -> None:
+    """Ranks 0 and 1 are on h1, 2 on h2: the lines of a host are there as they came, and are its lowest rank's."""
+    hosts = ("h1", "h1", "h2")
+    snapshots = [told(number, 1.0, 10, host=host) for number, host in enumerate(hosts)]
+    lines = [of_host("h1", 1.0), of_host("h2", 1.1), of_host("h1", 2.0), of_host("h2", 2.1), of_host("h2", 3.1)]
+    job = heard(place, *lines[:2], *snapshots, *lines[2:])
+    assert [[line.t_s for line in one.host_samples] for one in job.kept(KILLED)] == [[1.0, 2.0], [], [1.1, 2.1, 3.1]]
+    live = (place / "timeseries_hosts.jsonl").read_text().splitlines()
+    assert [HostSample.model_validate_json(line) for line in live] == [line.sample for line in lines]
+
+
+def test_what_is_known_of_hosts_is_handed_on_at_once(place: Path) -> None:
+    """The facts of all hosts, before any rank plays."""
+    seen: list[dict[str, object]] = []
+    job = Job(NoProgress(), place, logging.getLogger("test"), on_hosts=seen.extend)
+    job.line(Known(hosts=({"host": "h1"}, {"host": "h2"})).model_dump_json().encode())
+    job.close()
+    assert seen == [{"host": "h1"}, {"host": "h2"}]
 
 
 def test_final_results_replace_all_snapshots(place: Path) -> None:
@@ -115,7 +141,7 @@ def test_the_progress_that_is_shown_is_of_all_ranks(place: Path) -> None:
             self.samples.append(sample)
 
     view = Seen()
-    job = Job(view, place, logging.getLogger("test"))
+    job = Job(view, place, logging.getLogger("test"), on_hosts=lambda _: None)
     for number, t_s in ((0, 1.0), (1, 1.0), (2, 1.0), (0, 2.0)):
         job.line(Progress(sample=sample(number, t_s)).model_dump_json().encode())
     job.close()

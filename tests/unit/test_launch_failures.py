@@ -89,9 +89,11 @@ def test_a_killed_rank_is_named(said: str) -> None:
     assert death(said, RANKS) == "rank 1 on nodeb was killed by signal 9 (SIGKILL)"
 
 
-def test_a_process_number_of_two_hosts_names_the_host_only() -> None:
-    """Processes of two hosts may have the same number."""
+def test_a_process_number_of_two_hosts_is_told_apart_by_the_host() -> None:
+    """Processes of two hosts may have the same number; then the order of the hosts tells which is meant, if known."""
     ranks = {0: Rank(rank=0, host="nodea", pid=31), 1: Rank(rank=1, host="nodeb", pid=31)}
     said = "=   PID 31 RUNNING AT nodeb\n=   EXIT CODE: 11\n"
     assert death(said, ranks) == "a rank on nodeb was killed by signal 11 (SIGSEGV)"
+    said = "=   PID 31 RUNNING AT 10.0.0.2\n=   EXIT CODE: 9\n"
+    assert death(said, ranks, ["10.0.0.1", "10.0.0.2"]) == "rank 1 on nodeb was killed by signal 9 (SIGKILL)"
     assert death("nothing of the kind", ranks) is None

@@ -251,17 +251,17 @@ def check(given: KVCacheSpec, *, memory_gib: float = 100, free_gib: float = 100,
 
 
 def test_a_plan_that_fits_is_not_refused() -> None:
-    """To the byte: 1 GiB of DRAM, 8 x 32 MiB in flight and 300 MiB; 10 GiB of storage."""
-    check(spec(cpu_mem_gb=1, storage_gb=10), memory_gib=(1024 + 256 + 300) / 1024, free_gib=10)
+    """To the byte: 1 GiB of DRAM, 8 x 32 MiB in flight and 250 MiB; 10 GiB of storage."""
+    check(spec(cpu_mem_gb=1, storage_gb=10), memory_gib=(1024 + 256 + 250) / 1024, free_gib=10)
 
 
 def test_too_little_memory_is_refused_with_the_need_and_the_flag() -> None:
-    """Two ranks of 1 GiB + 256 MiB + 300 MiB each need 3.09 GiB."""
+    """Two ranks of 1 GiB + 256 MiB + 250 MiB each need 2.99 GiB."""
     with pytest.raises(
         ConfigurationError,
-        match=r"not enough memory.*3\.09 GiB for 2 ranks.*3\.00 GiB are free.*--cpu-mem-gb, --io-depth",
+        match=r"not enough memory.*2\.99 GiB for 2 ranks.*2\.90 GiB are free.*--cpu-mem-gb, --io-depth",
     ):
-        check(spec(cpu_mem_gb=1, storage_gb=10), memory_gib=3, ranks=2)
+        check(spec(cpu_mem_gb=1, storage_gb=10), memory_gib=2.9, ranks=2)
 
 
 def test_a_place_that_tells_no_size_is_not_too_small() -> None:
@@ -279,10 +279,10 @@ def test_a_place_that_tells_no_size_is_not_too_small() -> None:
             where="s3://bucket/kv",
         )
 
-    # 8 objects of 32 MiB, the client's copies of them, 300 MiB.
-    check_it((256 + 256 + 300) * MIB)
+    # 8 objects of 32 MiB, the client's copies of them, 250 MiB.
+    check_it((256 + 256 + 250) * MIB)
     with pytest.raises(ConfigurationError, match=r"I/O buffers 0\.50 GiB"):
-        check_it((256 + 256 + 300) * MIB - 1)
+        check_it((256 + 256 + 250) * MIB - 1)
 
 
 def test_too_little_space_is_refused_with_the_need_and_the_flag() -> None:

@@ -23,6 +23,8 @@ from mlpstorage.config import (
 )
 from mlpstorage.errors import ConfigurationError, RunError, RunTimeoutError
 from mlpstorage.kvcache.engine_config import EngineConfig
+from mlpstorage.kvcache.host_rates import HostRates
+from mlpstorage.kvcache.host_series import HostReading, HostWatch
 from mlpstorage.kvcache.pacing import Pacing
 from mlpstorage.kvcache.play import (
     DRAIN_LIMIT_S,
@@ -41,7 +43,7 @@ from mlpstorage.kvcache.workload import ClosedLoop, OpenLoop, Workload
 from mlpstorage.measure.clock import NS
 from mlpstorage.measure.process import thread_waits_ns
 from mlpstorage.plan.compute import ConstantCompute
-from mlpstorage.results.models import Sample
+from mlpstorage.results.models import HostSample, Sample
 from mlpstorage.storage.arena import DramArena
 from mlpstorage.storage.ops import OpDone, OpKind
 from mlpstorage.storage.payload import VerifyError
@@ -128,6 +130,8 @@ class Stage:
     until_steady: bool = False
     meet: Meet | None = None
     snapshots: list[tuple[int, int, int, int]] = field(default_factory=list)
+    sample_s: float = 1.0
+    host_watch: HostWatch | None = None
     ended_ns: int = 0
 
     def play(self, *beside: Callable[[], None], at_s: Sequence[float] = ()) -> Played:
@@ -148,6 +152,7 @@ class Stage:
                 warmup_ns=round(self.warmup_s * NS),
                 duration_ns=round(self.duration_s * NS),
                 until_steady=self.until_steady,
+                sample_ns=round(self.sample_s * NS),
             ),
             clock=VirtualClock(),
             open_io=self._open,
@@ -158,6 +163,7 @@ class Stage:
             drop_page_cache=self.drop_page_cache,
             meet=self.meet,
             on_snapshot=self._snapshot,
+            host_watch=self.host_watch,
         )
         self.ended_ns = VirtualClock().now_ns()
         return played
@@ -741,6 +747,54 @@ def test_a_sample_tells_the_room_of_all_objects_of_a_block() -> None:
     (sample,) = [sample for sample in stage.play().samples if sample.t_s == 5.0]
     assert (sample.storage_used_bytes // GIB, sample.cpu_used_bytes // GIB) == (8, 4)
     assert sample.written_bytes == 8 * GIB
+
+
+@pytest.mark.parametrize(("sample_s", "taken_s"), [(0.5, [0.5, 1.0, 1.5, 2.0]), (2.0, [2.0]), (3600.0, [])])
+def test_samples_are_an_interval_apart(sample_s: float, taken_s: list[float]) -> None:
+    """Half a second, two seconds, an hour: of a run of 2.2 s."""
+    stage = Stage(open_loop(request(100.0, 1)), warmup_s=1.2, duration_s=1.0, sample_s=sample_s)
+    assert [sample.t_s for sample in stage.play().samples] == taken_s
+
+
+def test_a_client_that_was_late_takes_one_sample_and_is_in_step_again() -> None:
+    """From 2.1 s to 4.3 s nothing ran: the lines of 3 and 4 s are one, over all that time."""
+    stage = Stage(steady(0.95, 1.0, 9), warmup_s=0.0, duration_s=6.5)
+
+    def held_up() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        loop.jump(2_200 * MS)
+
+    played = stage.play(held_up, at_s=[2.1])
+    assert [sample.t_s for sample in played.samples] == [1.0, 2.0, 4.3, 5.0, 6.0]
+
+
+def test_the_host_is_watched_to_the_end_of_the_drain() -> None:
+    """Readings that tell nothing but their time: one a second, and one when the drain is over, at 9.1 s."""
+    lines: list[HostSample] = []
+    last_s = [0.0]
+
+    async def take() -> HostReading | None:
+        now_s = VirtualClock().now_ns() / NS
+        interval_s, last_s[0] = now_s - last_s[0], now_s
+        nothing = HostRates(cpu=None, memory=None, vm=None, disks=None, networks=None)
+        reading = HostReading(at_ns=round(now_s * NS), interval_s=interval_s, rates=nothing, cpu_s=0.25)
+        return reading if interval_s else None
+
+    stage = Stage(
+        open_loop(request(6.0, 1), request(100.0, 4)),
+        warmup_s=2.5,
+        duration_s=4.0,
+        io=ModelledIO(latency_ns={OpKind.WRITE: 3 * NS}),
+        host_watch=HostWatch(take=take, on_sample=lines.append),
+    )
+    played = stage.play()
+    assert [line.t_s for line in lines] == [*map(float, range(1, 10)), 9.1]
+    assert [line.phase for line in lines] == ["warmup"] * 2 + ["window"] * 4 + ["drain"] * 4
+    assert list(played.host_samples) == lines
+    assert played.drain_ns == 2600 * MS
+    # Four readings of the window; the lines themselves cost next to nothing.
+    assert 1.0 < played.sampling_cpu_s < 1.2
 
 
 # What was on storage before

@@ -18,6 +18,7 @@ from mlpstorage.report.terminal import console_for, headline, summary_table
 from mlpstorage.report.text import bytes_text, percent_text, plain, seconds_text, significant, time_text, with_unit
 from mlpstorage.results.models import (
     LATENCIES,
+    IncompleteRank,
     Reuse,
     StorageCounts,
 )
@@ -25,15 +26,19 @@ from mlpstorage.results.summary import (
     BreakEven,
     Client,
     Clock,
+    DeviceUse,
+    HighestOfRanks,
     HitRatio,
     HostSummary,
     Latency,
+    RankPercentile,
     RankSummary,
     RequestRates,
     ReuseDistance,
     Saved,
     Slo,
     Spread,
+    Straggler,
     Summary,
     TierRatios,
     Trials,
@@ -106,6 +111,7 @@ def summary_of(samples: int = 5_000, **changes: object) -> Summary:
             cpu_ms_per_gib=110.3,
             payload_cpu_s=0.8,
             payload_cpu_share=0.25,
+            sampling_cpu_s=0.02,
             cpu_wait_s=0.153,
             max_rss_bytes=512 << 20,
             os_read_bytes=None,
@@ -138,6 +144,7 @@ def summary_of(samples: int = 5_000, **changes: object) -> Summary:
         dropped_page_cache_bytes=0,
         reuse=None,
         hosts=(_host("h1"),),
+        devices=(),
         ranks=(rank_row(0),),
         stragglers=(),
     )
@@ -162,6 +169,17 @@ def rank_row(number: int, host: str = "h1", read_gib_per_s: float = 0.6) -> Rank
 def _host(name: str) -> HostSummary:
     return HostSummary(
         host=name, ranks=1, first_done_s=20.5, last_done_s=21.25, read_gib_per_s=1.2, write_gib_per_s=0.25
+    )
+
+
+def _use(host: str, busy_share: float) -> DeviceUse:
+    return DeviceUse(
+        host=host,
+        device="nvme0n1",
+        covered_s=20.0,
+        read_gib_per_s=1.9,
+        write_gib_per_s=0.25,
+        busy_share=busy_share,
     )
 
 
@@ -408,6 +426,25 @@ def test_writes_that_were_avoided_are_told() -> None:
     assert told in flat(shown(summary_table(summary, metadata=METADATA)))
 
 
+def test_the_peak_is_of_an_interval_of_the_time_series() -> None:
+    """A second, unless the run was told otherwise."""
+    text = flat(shown(summary_table(summary_of(), metadata={**METADATA, "parameters": {"timeseries_interval": 0.5}})))
+    assert "Read bursts 3.00 GiB/s in the peak 0.5 s, 2.50 times the mean" in text
+
+
+def test_what_all_programs_did_with_the_device() -> None:
+    """One line a device, the busiest first and four at most; of several hosts each is named."""
+    uses = tuple(_use(f"h{number}", 0.1 * number) for number in range(1, 7))
+    one = flat(shown(summary_table(summary_of(devices=uses[:1]), metadata=METADATA), 100))
+    assert "Device nvme0n1: 1.90 GiB/s read and 0.250 GiB/s written by all programs, 10.0 % busy" in one
+    text = flat(
+        shown(summary_table(summary_of(devices=uses, hosts=(_host("h1"), _host("h2"))), metadata=METADATA), 100)
+    )
+    assert [f"Device nvme0n1 of h{number}: " in text for number in (1, 2, 3, 4, 5, 6)] == [False] * 2 + [True] * 4
+    assert text.index("nvme0n1 of h6") < text.index("nvme0n1 of h3")
+    assert "by all programs" not in shown(summary_table(summary_of(), metadata=METADATA))
+
+
 def test_bursts_that_are_not_known_have_no_line() -> None:
     """A window of less than a second, or one in which nothing was read."""
     assert "Read bursts" not in shown(summary_table(in_window(read_burst_ratio=None), metadata=METADATA))
@@ -632,6 +669,51 @@ def test_table_fits_the_terminal(summary: Summary, width: int) -> None:
         rows = [line for line in lines if line.startswith(f"{heading}  ")]
         assert len(rows) == 1
         assert not rows[0].endswith("…")
+
+
+def test_ranks_have_a_table_where_there_are_several() -> None:
+    """A row a rank with its numbers, its status and its host, and what is known of the common start."""
+    several = summary_of(ranks=(rank_row(0), rank_row(1, "h2").model_copy(update={"status": RunStatus.FAILED})))
+    text = flat(shown(summary_table(several, metadata=METADATA)))
+    assert "Rank requests hits read GiB/s write GiB/s TTFT p95 status host" in text
+    assert "0 617 56.0 % 0.600 0.125 84.0 complete h1 1 617 56.0 % 0.600 0.125 84.0 failed h2" in text
+    assert "ranks began within 0.300 ms; their clocks are known to 0.0200 ms" in text
+    assert "Rank requests" not in flat(shown(summary_table(summary_of(), metadata=METADATA)))
+
+
+def test_of_many_ranks_those_are_shown_that_one_should_look_at() -> None:
+    """Of 40 the 16: one that failed and one straggler, however fast they read, and the 14 slowest readers."""
+    rows = [rank_row(number, read_gib_per_s=1.0 + number / 100) for number in range(40)]
+    rows[39] = rows[39].model_copy(update={"status": RunStatus.FAILED})
+    lone = Straggler(rank=38, host="h1", reason="its median read took 9.00 ms, that of the others 2.00 ms")
+    text = shown(summary_table(summary_of(ranks=tuple(rows), stragglers=(lone,)), metadata=METADATA))
+    lines = text[text.index("TTFT p95  ") :].splitlines()[2:18]
+    assert [int(line.split()[0]) for line in lines] == [*range(14), 38, 39]
+    assert "and 24 more" in text
+    assert "! straggler: rank 38 on h1: its median read took 9.00 ms, that of the others 2.00 ms" in flat(text)
+
+
+def test_the_worst_rank_stands_beside_the_percentile() -> None:
+    """Its p95 and its number, in a table that a single rank does not have."""
+    highest = HighestOfRanks(
+        p50_ms=None, p90_ms=None, p95_ms=RankPercentile(rank=1, ms=99.5), p99_ms=None, p999_ms=None
+    )
+    base = summary_of(ranks=(rank_row(0), rank_row(1)))
+    ttft = base.latency["ttft"].model_copy(update={"highest_of_ranks": highest})
+    text = flat(shown(summary_table(base.model_copy(update={"latency": base.latency | {"ttft": ttft}}), metadata={})))
+    assert "Worst rank p50 ms rank p95 ms rank p99 ms rank" in text
+    assert "TTFT n/a n/a 99.5 1 n/a n/a storage read n/a" in text
+    assert "Worst rank" not in shown(summary_table(summary_of(), metadata={}))
+
+
+def test_ranks_without_a_final_result_are_named() -> None:
+    """When each was heard of last; of many the first three, and how many more."""
+    missing = [IncompleteRank(rank=number, host="h1", last_seen_s=12.25) for number in range(5)]
+    missing[1] = IncompleteRank(rank=1, host=None, last_seen_s=None)
+    text = flat(shown(summary_table(summary_of(incomplete_ranks=tuple(missing)), metadata=METADATA)))
+    assert "! rank 0 on h1 left no final result; last heard of 12.2 s after the start" in text
+    assert "! rank 1 left no final result and was never heard of" in text
+    assert "! 2 more ranks left no final result" in text
 
 
 def test_hosts_have_a_table_where_there_are_several() -> None:

@@ -515,8 +515,8 @@ def test_the_peak_is_of_the_second_in_which_all_together_read_most() -> None:
     The run's mean is 20 GiB in ten seconds, hence the bursts are 2.5 times that. Lines of the warm-up do not count.
     """
     read = NO_STORAGE.model_copy(update={"read_bytes": 10 * GIB})
-    first = (sample(0, 0.999, 9.0, "warmup"), sample(0, 2.0, 3.0), sample(0, 3.001, 1.0), sample(0, 4.0, 2.0))
-    second = (sample(1, 1.0, 9.0, "warmup"), sample(1, 2.001, 0.0), sample(1, 2.999, 4.0), sample(1, 4.1, 2.0))
+    first = (sample(0, 1.0, 9.0, "warmup"), sample(0, 2.0, 3.0), sample(0, 3.001, 1.0), sample(0, 4.0, 2.0))
+    second = (sample(1, 1.0, 9.0, "warmup"), sample(1, 2.001, 0.0), sample(1, 3.0, 4.0), sample(1, 4.1, 2.0))
     storage = merge(rank(0, storage=read, samples=first), rank(1, storage=read, samples=second)).storage
     assert storage.read_gib_per_s == 2.0
     assert storage.read_peak_gib_per_s == 5.0

@@ -677,6 +677,7 @@ OTHERS: dict[str, st.SearchStrategy[object]] = {
     "load_batch": st.integers(0, 1 << 20),
     "min_load_tokens": st.integers(0, 1 << 40),
     "load_timeout": none_or(TIMEOUTS),
+    "timeseries_interval": st.floats(min_value=0.1, max_value=3600),
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpstorage.kvcache.events import EventWriter, Silent, parse_event
+from mlpstorage.kvcache.events import Alive, EventWriter, Silent, parse_event
 from mlpstorage.kvcache.ranks import Alone, ClockOffset
 from mlpstorage.kvcache.together import SILENCE_S, Meeting, Silence, Together
 from mlpstorage.measure.clock import NS
@@ -19,6 +19,9 @@ from mlpstorage.testing.virtual import VirtualClock, VirtualLoop, run_virtual
 from tests.wire import AbortedError, ShiftedClock, Wire, WiredRank
 
 MS = NS // 1000
+
+
+ALIVE = Alive().model_dump_json()
 
 
 class Crew:
@@ -49,7 +52,12 @@ class Crew:
 
     @property
     def lines(self) -> list[str]:
-        """What was told the launcher."""
+        """What was told the launcher, but for the signs of life of rank 0."""
+        return [line for line in self.told if line != ALIVE]
+
+    @property
+    def told(self) -> list[str]:
+        """All that was told the launcher."""
         return self.output.getvalue().splitlines()
 
 
@@ -158,6 +166,18 @@ def test_what_a_rank_tells_comes_out_at_rank_0_in_its_order() -> None:
         assert [number for rank, number in told if rank == 0] == [0, 1, 2]
 
     run_virtual(story())
+
+
+def test_rank_0_lets_the_launcher_hear_of_it_whatever_else_there_is_to_tell() -> None:
+    """A rank drains for 40 s and tells nothing: the launcher hears of the job every second, 40 times or once more."""
+
+    async def story() -> None:
+        crew = Crew(0, 0)
+        first, second = crew.ranks
+        await carried(crew, first.finish("{}", failed=False), after(40.0, second.finish("{}", failed=False)))
+        assert 38 <= crew.told.count(ALIVE) <= 42
+
+    run_virtual(story(), limit_s=100)
 
 
 def test_a_failed_rank_stops_all_others_once() -> None:
