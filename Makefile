@@ -27,7 +27,7 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	@command -v fio >/dev/null || { echo "make bench needs fio (Debian: apt-get install fio)" >&2; exit 1; }
-	@status=0; for one in client storage engines merge; do \
+	@status=0; for one in client storage engines merge ranks trials; do \
 	  echo "bench/$$one.py"; $(BIN)/python bench/$$one.py || status=1; done; exit $$status
 
 clean:

@@ -40,7 +40,7 @@ def test_each_trial_has_its_own_results(three: tuple[Cli, Run, dict[str, Any]]) 
     assert [place.name for place in places] == ["trial_1", "trial_2", "trial_3"]
     for number, place in enumerate(places, 1):
         names = {path.name for path in place.iterdir()}
-        assert names == {"summary.json", "timeseries.jsonl", "ranks", "logs"}
+        assert names == {"summary.json", "timeseries.jsonl", "timeseries_hosts.jsonl", "ranks", "logs"}
         assert (place / "ranks" / "rank_0.json").is_file()
         summary = of_trial(run, number)
         assert summary["trials"] is None

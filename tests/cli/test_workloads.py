@@ -57,7 +57,7 @@ def tokens(run: Run) -> dict[str, float]:
         # the busier the machine is: of only 30 requests the six users' first ones, which find nothing, are a fifth.
         ("chat", (1_200, 5_000), (0.5, 0.85)),
         ("coding-agent", (40_000, 130_000), (0.75, 0.98)),
-        ("document-qa", (6_000, 13_000), (0.1, 0.8)),
+        ("document-qa", (5_000, 18_000), (0.1, 0.8)),
         ("rag", (3_500, 7_000), (0.5, 0.9)),
         ("batch", (2_600, 3_100), (0.7, 0.93)),
     ],

@@ -99,6 +99,7 @@ DO_NOT_READ_BACK = READ_NOTHING | {"test_empty_place", "test_what_is_told_of_a_t
 ASK_WHETHER_GONE = {
     "test_batches_through_an_engine",
     "test_delete",
+    "test_deleted_by_another_process",
     "test_empty_place",
     "test_listing_leaves_out_what_is_truncated",
     "test_listing_leaves_out_what_lost_its_stamps",
@@ -143,12 +144,14 @@ READ_ONE_OF_SEVERAL = {
     "test_batches_through_an_engine",
     "test_delete",
     "test_delete_gives_room_back",
+    "test_deleted_by_another_process",
     "test_killed_while_it_writes",
     "test_listing_leaves_out_what_is_truncated",
     "test_listing_leaves_out_what_lost_its_stamps",
     "test_object_ids",
     "test_overwrite",
     "test_page_cache",
+    "test_processes_share_their_objects",
     "test_readers_beside_writers",
     "test_reopened",
     "test_room_after_reopening",
@@ -163,6 +166,7 @@ READ_ONE_OF_SEVERAL = {
 
 LIST = {
     "test_delete",
+    "test_deleted_by_another_process",
     "test_empty_place",
     "test_foreign_things_are_left_alone",
     "test_killed_while_it_writes",
@@ -177,6 +181,7 @@ LIST = {
     "test_threads_with_objects_of_their_own",
     "test_two_namespaces",
     "test_writers_of_one_object",
+    "test_written_by_two_processes_at_once",
 }
 
 SYNC = {"test_batches_through_an_engine", "test_data_is_where_it_belongs", "test_page_cache", "test_sync"}
@@ -201,7 +206,12 @@ CASES = {
     # Whether something is on stable storage shows only when the power fails.
     ("SYNC", "LOST"): set(),
     ("EXISTS", "EIO"): ASK_WHETHER_GONE
-    | {"test_delete_gives_room_back", "test_exists", "test_threads_with_objects_of_their_own"},
+    | {
+        "test_delete_gives_room_back",
+        "test_exists",
+        "test_processes_share_their_objects",
+        "test_threads_with_objects_of_their_own",
+    },
     ("LISTING", "EIO"): LIST,
 }
 

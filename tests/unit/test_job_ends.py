@@ -24,7 +24,10 @@ def new_job(tmp_path: Path) -> Callable[[str], Job]:
 
     def make(said: str) -> Job:
         (tmp_path / "logs" / "ranks.stderr.log").write_text(said)
-        return Job(NoProgress(), tmp_path, logging.getLogger("test"), ranks_on_host=2)
+        log = logging.getLogger("test")
+        return Job(
+            NoProgress(), tmp_path, log, on_hosts=lambda hosts: log.debug("%d hosts", len(hosts)), ranks_on_host=2
+        )
 
     return make
 
