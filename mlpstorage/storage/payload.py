@@ -44,9 +44,10 @@ _DRAWN_WORDS = MIB // _WORD.itemsize
 """Words that are drawn; the rest of a payload is these, combined (XOR) with one more word for each such stretch. That
 costs a tenth of drawing them all, and to a compressor the stretches have no bytes in common."""
 _PART_PAGES = 500
-"""Pages stamped or gathered in one call. Above that numpy gives up the interpreter lock for the few microseconds that
-it takes, and threads that have to take it back from each other spend more on that than on the stamps. Checksums are
-worked out for as many (about 0.1 ms) before a thread that waits for the lock may have it."""
+"""Pages stamped, gathered or numbered in one call. Above that numpy gives up the interpreter lock for the few
+microseconds that it takes, and threads that have to take it back from each other spend more on that than on the stamps
+(twice as much, for an object of 512 pages among eight threads). Checksums are worked out for as many (about 0.1 ms)
+before a thread that waits for the lock may have it."""
 
 
 class VerifyError(RunError):
@@ -292,35 +293,28 @@ class _StampCheck:
     What is found is gathered, and compared as a whole: at 2 MiB half of the time goes into waiting for memory.
     """
 
-    __slots__ = (
-        "_expected",
-        "_expected_numbers",
-        "_expected_stamps",
-        "_found",
-        "_found_numbers",
-        "_gathered",
-        "_pages",
-    )
+    __slots__ = ("_expected", "_found", "_found_numbers", "_parts")
 
     def __init__(self, memory: memoryview) -> None:
         pages = memory.nbytes // PAGE_BYTES
         self._expected = bytearray(pages * _STAMP.itemsize)
         self._found = bytearray(pages * _STAMP.itemsize)
-        expected = _pairs(self._expected)
-        self._expected_stamps, self._expected_numbers = expected[:, 0], expected[:, 1]
         self._found_numbers = _pairs(self._found)[:, 1]
-        self._pages = np.arange(pages, dtype=_WORD)
         stamps = np.frombuffer(memory, _STAMP)[:: PAGE_BYTES // _STAMP.itemsize]
         found = np.frombuffer(self._found, _STAMP)
-        self._gathered = [(stamps[part], found[part]) for part in _parts(pages)]
+        expected, numbers = _pairs(self._expected), np.arange(pages, dtype=_WORD)
+        self._parts = [
+            (stamps[part], found[part], expected[part, 0], expected[part, 1], numbers[part]) for part in _parts(pages)
+        ]
 
     def first_wrong(self, stamp: int, write: int | None) -> WrongPage | None:
         """The first page with another stamp or number; None for any `write`, if all pages are of one."""
-        self._expected_stamps.fill(stamp)
-        for stamps, into in self._gathered:
-            into[...] = stamps
-        shifted = (self._likely_write() if write is None else write) << _WRITE_SHIFT
-        np.add(self._pages, np.uint64(shifted), out=self._expected_numbers)
+        for stamps, found, _, _, _ in self._parts:
+            found[...] = stamps
+        shifted = np.uint64((self._likely_write() if write is None else write) << _WRITE_SHIFT)
+        for _, _, expected_stamps, expected_numbers, numbers in self._parts:
+            expected_stamps.fill(stamp)
+            np.add(numbers, shifted, out=expected_numbers)
         if self._found == self._expected:
             return None
         expected, found = _pairs(self._expected), _pairs(self._found)
