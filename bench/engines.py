@@ -40,7 +40,7 @@ from mlpstorage.storage.slab_store import SlabStore
 from mlpstorage.storage.uring import UringEngine, probe_uring
 
 KEYS = ObjectKeys("bench|0|full")
-THREADS, URING = IoEngineName
+THREADS, URING = IoEngineName.THREADS, IoEngineName.URING
 SIZES_BYTES = (PAGE_BYTES, 128 << 10, MIB, 2 * MIB)
 LAYOUTS = (Layout.SLAB, Layout.FILE)
 MAX_READ_OBJECTS = 2000

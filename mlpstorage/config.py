@@ -155,8 +155,9 @@ class Layout(enum.StrEnum):
 
 
 class IoEngineName(enum.StrEnum):
-    """What moves the bytes."""
+    """What moves the bytes; what is chosen automatically is said at `kvcache.cache.with_settled_engine`."""
 
+    AUTO = "auto"
     THREADS = "threads"
     URING = "uring"
 

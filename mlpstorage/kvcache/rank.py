@@ -30,6 +30,7 @@ from mlpstorage.kvcache.cache import (
     make_engine,
     make_store,
     place_warnings,
+    with_settled_engine,
 )
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.events import (
@@ -230,6 +231,7 @@ def _prepare(
     store = make_store(spec, planned, place)
     store.open()
     cleanup.callback(store.close)
+    spec = with_settled_engine(spec, store)
     if spec.keep_cache and isinstance(store, Flushable):
         cleanup.callback(store.flush)
     if shared is not None:
@@ -488,6 +490,7 @@ class _Rank:
             storage_total=StorageCounts.model_validate(counts(recorder.total)),
             latency={name: HistogramData.of(histogram) for name, histogram in recorder.latency.items()},
             client=RankClient(
+                io_engine=self.prepared.spec.io_engine,
                 cpu_s=played.cpu_s,
                 payload_cpu_s=played.payload_cpu_s,
                 sampling_cpu_s=played.sampling_cpu_s,

@@ -3,9 +3,10 @@
 That thread, which owns the ring, does itself what is quick: it opens the files that are read, checks and stamps, copies
 small objects. To have another thread do a thing costs 0.1 ms of processor time; that is for what can take longer, while
 no transfer would be begun or found complete: syncs, copies of large objects and, where a store makes a file of each
-object, deletes, and the beginning and the end of a write.
+object, writes and deletes, which threads then do as those of `storage.pool` do.
 
-Reads of files on a network file system, where opening one is a round trip, are better done by `storage.pool`.
+Reads of files on a network file system, where opening one is a round trip, are better done by `storage.pool`
+(`DescriptorStore.opens_promptly`).
 """
 
 import errno
@@ -14,7 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 from mlpstorage.config import PAGE_BYTES, IoPriority
@@ -29,9 +30,6 @@ from mlpstorage.storage.ring import Ring, probe_uring
 
 __all__ = ["UringEngine", "probe_uring"]
 
-_BLOCKING_THREADS = 8
-"""Threads for what the ring's thread does not do."""
-
 _QUICK_COPY_BYTES = 512 << 10
 """Copies up to this size take less time than to have another thread do them: 0.1 ms, at 5 GB/s."""
 
@@ -39,9 +37,6 @@ _TRANSFERS = frozenset({OpKind.READ, OpKind.WRITE})
 
 _EVENT_BYTES = 8
 """Length of an eventfd's counter."""
-
-_Then = Callable[["_Slot"], None]
-_Job = tuple["_Slot", Callable[[], object], _Then]
 
 
 class UringEngine:
@@ -92,16 +87,15 @@ class UringEngine:
         self._broken: OSError | None = None
         # What the ring's thread will look at: results of transfers and when they were found, slots whose job is done.
         self._completed: deque[tuple[_Slot, int, int]] = deque()
-        self._returned: deque[tuple[_Slot, _Then]] = deque()
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._returned: deque[_Slot] = deque()
+        self._jobs: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         # An eventfd counts all that the ring's thread waits for: completions, batches, jobs done, the end.
         self._event = -1
         self._event_lock = threading.Lock()
         # Daemons: an I/O that never returns must not keep a failed process alive.
         self._thread = threading.Thread(target=self._work, name="io-ring", daemon=True)
         self._blocking = [
-            threading.Thread(target=self._do_jobs, name=f"io-blocking-{number}", daemon=True)
-            for number in range(min(depth, _BLOCKING_THREADS))
+            threading.Thread(target=self._do_jobs, name=f"io-blocking-{number}", daemon=True) for number in range(depth)
         ]
 
     def start(self) -> None:
@@ -172,10 +166,9 @@ class UringEngine:
 
     def _do_jobs(self) -> None:
         """What each of the other threads does."""
-        while (job := self._jobs.get()) is not None:
-            slot, do, then = job
-            do()
-            self._returned.append((slot, then))
+        while (slot := self._jobs.get()) is not None:
+            slot.run()
+            self._returned.append(slot)
             self._wake()
 
     def _go_on(self) -> None:
@@ -188,10 +181,10 @@ class UringEngine:
             if self._completed:
                 slot, result, now_ns = self._completed.popleft()
                 if slot.moved(result, now_ns) or not self._submit(slot):
-                    self._end(slot)
+                    slot.end()
+                    self._proceed(slot)
             elif self._returned:
-                slot, then = self._returned.popleft()
-                then(slot)
+                self._proceed(self._returned.popleft())
             else:
                 return
 
@@ -220,8 +213,7 @@ class UringEngine:
                     return
                 slot.enter(item)
             elif op.kind in self._blocking_kinds:
-                job = (slot.begin, self._go_on_begun) if op.kind is OpKind.WRITE else (slot.run, self._proceed)
-                self._jobs.put((slot, *job))
+                self._jobs.put(slot)
                 return
             elif op.kind not in _TRANSFERS:
                 slot.run()
@@ -229,14 +221,6 @@ class UringEngine:
                 if self._submit(slot):
                     return
                 slot.end()
-
-    def _go_on_begun(self, slot: "_Slot") -> None:
-        """Go on with a write that another thread has begun, or could not."""
-        if slot.is_begun:
-            if self._submit(slot):
-                return
-            slot.end()
-        self._proceed(slot)
 
     def _submit(self, slot: "_Slot") -> bool:
         """Hand to the ring what is missing of an object; False where that fails."""
@@ -250,14 +234,6 @@ class UringEngine:
                 return True
         slot.fail(self._broken)
         return False
-
-    def _end(self, slot: "_Slot") -> None:
-        """End a transfer, of which nothing is missing or nothing more comes."""
-        if slot.op.kind is OpKind.WRITE and OpKind.WRITE in self._blocking_kinds:
-            self._jobs.put((slot, slot.end, self._proceed))
-        else:
-            slot.end()
-            self._proceed(slot)
 
 
 class _Slot(Worker):
@@ -305,13 +281,8 @@ class _Slot(Worker):
         return self.op
 
     def run(self) -> None:
-        """Do an operation that is no transfer."""
+        """Do an operation without the ring."""
         self._done += self.run_chain((self.op,), self._item.batch.queued_ns)
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether a transfer was begun and not ended."""
-        return self._transfer is not None
 
     def begin(self) -> bool:
         """Begin a transfer; False where that failed."""

@@ -2,7 +2,8 @@
 
 A held transfer is one on a pipe: nothing comes out of an empty one, nothing goes into a full one. So an operation is
 under way, for the engine and for the kernel, until the test lets the bytes through. That needs an engine that does not
-care what kind of file it reads, as io_uring does not; `preadv` refuses a pipe.
+care what kind of file it reads, as io_uring does not; `preadv` refuses a pipe. What an engine has the store itself
+write, in a thread, waits there.
 """
 
 import errno
@@ -68,6 +69,22 @@ class _Held:
         os.close(self.into)
 
 
+class _WaitingWrite:
+    """A write that the store does itself and that has not begun."""
+
+    def __init__(self) -> None:
+        self._may_go_on = threading.Event()
+
+    def wait(self) -> None:
+        """Return when the write is let through."""
+        assert self._may_go_on.wait(WAIT_S), "the write was never let through"
+
+    def let_through(self, stored_bytes: int) -> None:
+        """Let the write begin."""
+        del stored_bytes
+        self._may_go_on.set()
+
+
 class _Broken:
     """A transfer on a descriptor with which it fails."""
 
@@ -90,7 +107,7 @@ class HeldStore(DescriptorStore):
         self._store = store
         self._condition = threading.Condition()
         self._held_kinds: set[OpKind] = set()
-        self._held: list[_Held] = []
+        self._held: list[_Held | _WaitingWrite] = []
         self._came = 0
         self._bad: set[tuple[OpKind, int]] = set()
         self.open = store.open
@@ -154,6 +171,18 @@ class HeldStore(DescriptorStore):
         """See `DescriptorStore.abort_write`."""
         self._store.abort_write(self._ended(transfer))
 
+    def write(self, object_id: int, buffer: memoryview) -> Moved:
+        """See `BlockStore.write`."""
+        self._raise_if_bad(OpKind.WRITE, object_id)
+        waiting = _WaitingWrite()
+        with self._condition:
+            if OpKind.WRITE in self._held_kinds:
+                self._hold(waiting)
+            else:
+                waiting.let_through(self.stored_bytes)
+        waiting.wait()
+        return self._store.write(object_id, buffer)
+
     def delete(self, object_id: int) -> Moved:
         """See `BlockStore.delete`."""
         self._raise_if_bad(OpKind.DELETE, object_id)
@@ -189,10 +218,13 @@ class HeldStore(DescriptorStore):
             if kind not in self._held_kinds:
                 return below
             held = _Held(kind, below)
-            self._held.append(held)
-            self._came += 1
-            self._condition.notify_all()
+            self._hold(held)
             return held.transfer
+
+    def _hold(self, one: _Held | _WaitingWrite) -> None:
+        self._held.append(one)
+        self._came += 1
+        self._condition.notify_all()
 
     def _ended(self, transfer: Transfer) -> Transfer:
         match transfer.place:
