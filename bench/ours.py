@@ -1,6 +1,6 @@
 """Our side of one comparison with fio, in a process of its own, as a rank is one; `bench/storage.py` starts it.
 
-    python bench/ours.py read|write DIR OBJECT_BYTES OBJECTS DEPTH off|stamp|full SECONDS
+    python bench/ours.py read|write DIR OBJECT_BYTES OBJECTS DEPTH off|stamp|full SECONDS threads|uring
 
 Reads the objects of a file store, over and over until the time is over, or writes them once, and prints as JSON what
 was moved and what it took: operations, bytes, wall clock, and the processor time of the process (`getrusage`).
@@ -22,14 +22,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mlpstorage.config import DirectMode, Verify
+from mlpstorage.config import DirectMode, IoEngineName, Verify
 from mlpstorage.kvcache.rank import SWITCH_INTERVAL_S
 from mlpstorage.storage.base import written_parts
 from mlpstorage.storage.file_store import FileStore
 from mlpstorage.storage.keys import ObjectKeys
-from mlpstorage.storage.ops import Chain, Lane, Op, OpDone, OpKind
+from mlpstorage.storage.ops import Chain, IoEngine, Lane, Op, OpDone, OpKind
 from mlpstorage.storage.payload import Payload, PayloadBuffer, VerifyError, WriteNumbers
 from mlpstorage.storage.pool import IoPool
+from mlpstorage.storage.uring import UringEngine
 
 KEYS = ObjectKeys("bench|0|full")
 _SPARE_ID = (1 << 63) - 1
@@ -74,12 +75,12 @@ class UsedPayload(Payload):
 
 
 class Runner:
-    """Runs chains of single operations on a pool and measures them."""
+    """Runs chains of single operations on an engine and measures them."""
 
-    def __init__(self, pool: IoPool, object_bytes: int, threads: int) -> None:
-        self._pool = pool
+    def __init__(self, engine: IoEngine, object_bytes: int, depth: int) -> None:
+        self._engine = engine
         self._object_bytes = object_bytes
-        self._batch_ops = -(-threads * 2 // _BATCHES)
+        self._batch_ops = -(-depth * 2 // _BATCHES)
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._finished: list[OpDone] = []
@@ -130,7 +131,7 @@ class Runner:
                 if not self._running:
                     self._over.set()
                 return
-        self._pool.submit(chains, lane, on_done)
+        self._engine.submit(chains, lane, on_done)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,23 +141,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("dir", type=Path)
     parser.add_argument("object_bytes", type=int)
     parser.add_argument("objects", type=int)
-    parser.add_argument("depth", type=int, help="threads, and objects in flight")
+    parser.add_argument("depth", type=int, help="objects in flight")
     parser.add_argument("verify", type=Verify)
     parser.add_argument("seconds", type=float, help="how long to read")
+    parser.add_argument("engine", type=IoEngineName)
     args = parser.parse_args(argv)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     store = FileStore(args.dir, KEYS, args.object_bytes, direct=DirectMode.ALWAYS)
     store.open()
-    pool = IoPool(store, UsedPayload(store.stored_bytes, args.verify, args.depth), None, args.depth)
-    pool.start()
+    make = UringEngine if args.engine is IoEngineName.URING else IoPool
+    engine: IoEngine = make(store, UsedPayload(store.stored_bytes, args.verify, args.depth), None, args.depth)
+    engine.start()
     try:
-        runner = Runner(pool, args.object_bytes, args.depth)
+        runner = Runner(engine, args.object_bytes, args.depth)
         if args.kind == "read":
             measured = runner.run(OpKind.READ, range(args.objects), args.seconds)
         else:
             measured = runner.run(OpKind.WRITE, range(args.objects))
     finally:
-        pool.close()
+        engine.close()
     print(json.dumps(asdict(measured)))
     return 0
 

@@ -1,16 +1,21 @@
 """The file layout against fio: bandwidth and processor time, in turns, over files of the same number and size.
 
-    python bench/storage.py [--dir DIR] [--quick] [--only SIZE:DEPTH:KIND ...] [--json]
+    python bench/storage.py [--dir DIR] [--engine uring|threads] [--quick] [--only SIZE:DEPTH:KIND ...] [--json]
 
 Cases are reads and writes of 128 KiB, 2 MiB and 32 MiB objects with 8 and 32 in flight. In every round each side does
 a case once: ours with stamps (`--verify stamp`), ours without checks (`off`; what is written bears stamps all the
 same), and fio, as disks and neighbours drift. There are as many rounds as the case's time allows, but at least three;
 ratios are those of the medians. `spread` is the distance from the slowest to the fastest round over the median.
 
-Both sides use one thread (fio: one synchronous job) an object in flight, direct I/O, one call an object, and memory in
-huge pages: a direct transfer from small ones is split into a segment a page, which costs some disks more than half of
-their speed, and fio's own default takes small ones. It is told to by `--iomem_align` and a setting of glibc's malloc;
-`--fio-memory default` leaves fio as it comes.
+Ours is the engine that a run takes: io_uring where it can be had (`--engine threads` for the other). fio does it by
+`psync`, one synchronous job an object in flight and, where files are read, by `io_uring` too, one job with all of them.
+The bandwidth is compared with the faster of the two, the processor time with `psync`; that with `io_uring` is shown
+beside, for information: CPython takes more time for an operation than fio does in all.
+
+Both sides use direct I/O, one call an object, and memory in huge pages: a direct transfer from small ones is split into
+a segment a page, which costs some disks more than half of their speed, and fio's own default takes small ones. It is
+told to by `--iomem_align` and a setting of glibc's malloc; `--fio-memory default` leaves fio as it comes.
+
 Reads: fio's jobs read hard links to the very same files, each its share in order, until the time is over; ours takes
 all of them in order. Writes: both create as many fresh files of that size, fio without preallocation, in a directory a
 job; ours in its 256 directories, each file renamed, which is part of the layout.
@@ -39,9 +44,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlpstorage.config import GIB, MIB
+from mlpstorage.config import GIB, MIB, IoEngineName
 from mlpstorage.storage.file_store import FileStore
 from mlpstorage.storage.keys import ObjectKeys
+from mlpstorage.storage.uring import probe_uring
 
 OURS = Path(__file__).with_name("ours.py")
 KEYS = ObjectKeys("bench|0|full")
@@ -60,7 +66,7 @@ SPARE_BYTES = GIB
 MIN_ROUNDS = 3
 MAX_ROUNDS = 9
 _PLACES, _TRIED_FILES = 4, 8
-SIDES = ("stamp", "off", "fio")
+PSYNC, IO_URING = "psync", "io_uring"
 _GB = 1e9
 
 
@@ -81,6 +87,11 @@ class Case:
     def size(self) -> str:
         """Bytes of an object, for people."""
         return f"{self.object_bytes // MIB} MiB" if self.object_bytes >= MIB else f"{self.object_bytes >> 10} KiB"
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Who does it."""
+        return ("stamp", "off", PSYNC, IO_URING) if self.kind == "read" else ("stamp", "off", PSYNC)
 
     @property
     def objects(self) -> int:
@@ -145,16 +156,19 @@ class Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One case; ratios are ours over fio's, that of bandwidths with stamps."""
+    """One case; ratios are ours over fio's: of bandwidths with stamps, of processor times per byte over `psync`."""
 
     case: Case
     rounds: int
     stamp: Side
     off: Side
-    fio: Side
+    psync: Side
+    io_uring: Side | None
     bandwidth_ratio: float
     stamp_cpu_ratio: float
     off_cpu_ratio: float
+    stamp_io_uring_cpu_ratio: float | None
+    off_io_uring_cpu_ratio: float | None
     met: bool
 
 
@@ -169,6 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="SIZE:DEPTH:KIND",
         help="do only this case, for example 128K:32:write, or those that match a pattern like '2M:*:read'; repeatable",
     )
+    parser.add_argument(
+        "--engine",
+        type=IoEngineName,
+        choices=(IoEngineName.URING, IoEngineName.THREADS),
+        help="ours; io_uring where it can be had",
+    )
     parser.add_argument("--fio-memory", choices=("huge", "default"), default="huge", help="pages of fio's buffers")
     parser.add_argument("--json", action="store_true", help="print a JSON document instead of the table")
     args = parser.parse_args(argv)
@@ -182,19 +202,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     free_bytes = shutil.disk_usage(args.dir).free
     if free_bytes < HELD_BYTES + SPARE_BYTES:
         parser.error(f"--dir {args.dir}: {free_bytes / GIB:.1f} GiB are free, {HELD_BYTES / GIB:.0f} are written")
+    engine = args.engine or (IoEngineName.URING if probe_uring() is None else IoEngineName.THREADS)
     version = subprocess.run([fio, "--version"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     load = os.getloadavg()[0]
     results = []
     if not args.json:
-        _print_header(version, load)
+        _print_header(f"ours by {engine}, {version}", load)
     for case in CASES:
         if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns):
-            comparison = Comparison(fio, args.dir, case, huge_pages=args.fio_memory == "huge")
+            comparison = Comparison(fio, args.dir, case, engine, huge_pages=args.fio_memory == "huge")
             results.append(comparison.run(QUICK if args.quick else FULL))
             if not args.json:
                 _print_row(results[-1])
     if args.json:
-        document = {"fio": version, "load": load, "results": [asdict(result) for result in results]}
+        document = {"engine": engine, "fio": version, "load": load, "results": [asdict(result) for result in results]}
         print(json.dumps(document, indent=2))
     return 0 if all(result.met for result in results) else 1
 
@@ -202,8 +223,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Comparison:
     """Has all sides do one case in turns, in a directory of its own."""
 
-    def __init__(self, fio: str, parent: Path, case: Case, *, huge_pages: bool) -> None:
+    def __init__(self, fio: str, parent: Path, case: Case, engine: IoEngineName, *, huge_pages: bool) -> None:
         self._fio = fio
+        self._engine = engine
         self._huge_pages = huge_pages
         self._case = case
         self._directory = Path(tempfile.mkdtemp(prefix="bench-storage-", dir=parent))
@@ -214,15 +236,16 @@ class Comparison:
     def run(self, plan: Plan) -> Result:
         """Do as many rounds as the plan allows."""
         case = self._case
-        sides: dict[str, list[Measured]] = {name: [] for name in SIDES}
+        sides: dict[str, list[Measured]] = {name: [] for name in case.sides}
         try:
             until_s = time.monotonic() + plan.case_s
             if case.kind == "read":
                 place = self._new_place()
-                _run_ours(Case(object_bytes=case.object_bytes, depth=case.depth, kind="write"), place, "off", 0)
+                written = Case(object_bytes=case.object_bytes, depth=case.depth, kind="write")
+                _run_ours(written, place, "off", 0, self._engine)
                 _link(case, place)
-            while len(sides["fio"]) < MIN_ROUNDS or (len(sides["fio"]) < MAX_ROUNDS and time.monotonic() < until_s):
-                for name in SIDES:
+            while len(sides[PSYNC]) < MIN_ROUNDS or (len(sides[PSYNC]) < MAX_ROUNDS and time.monotonic() < until_s):
+                for name in case.sides:
                     sides[name].append(self._run_side(name, plan.read_s))
         finally:
             shutil.rmtree(self._directory)
@@ -230,9 +253,9 @@ class Comparison:
 
     def _run_side(self, name: str, read_s: float) -> Measured:
         place = self._held[0] if self._case.kind == "read" else self._new_place()
-        if name == "fio":
-            return _run_fio(self._fio, self._case, place, read_s, huge_pages=self._huge_pages)
-        return _run_ours(self._case, place, name, read_s)
+        if name in {PSYNC, IO_URING}:
+            return _run_fio(self._fio, self._case, place, read_s, name, huge_pages=self._huge_pages)
+        return _run_ours(self._case, place, name, read_s, self._engine)
 
     def _new_place(self) -> Path:
         """A directory to write the case's files in; earlier ones are removed if space calls for it."""
@@ -267,8 +290,8 @@ def _link(case: Case, place: Path) -> None:
         os.link(store.path(object_id), place / "jobs" / str(object_id % case.depth) / str(object_id))
 
 
-def _run_ours(case: Case, place: Path, verify: str, read_s: float) -> Measured:
-    words = [case.kind, place / "objects", case.object_bytes, case.objects, case.depth, verify, read_s]
+def _run_ours(case: Case, place: Path, verify: str, read_s: float, engine: IoEngineName) -> Measured:
+    words = [case.kind, place / "objects", case.object_bytes, case.objects, case.depth, verify, read_s, engine]
     # As ranks are started: idle threads of numpy's linear algebra spin for a while after their start.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, str(OURS), *map(str, words)]
@@ -276,19 +299,24 @@ def _run_ours(case: Case, place: Path, verify: str, read_s: float) -> Measured:
     return Measured(**json.loads(done.stdout))
 
 
-def _run_fio(fio: str, case: Case, place: Path, read_s: float, *, huge_pages: bool) -> Measured:
-    command = [fio, "--output-format=json", "--direct=1", "--ioengine=psync", f"--bs={case.object_bytes}"]
-    command += ["--file_service_type=sequential", "--openfiles=1"]
+def _run_fio(fio: str, case: Case, place: Path, read_s: float, engine: str, *, huge_pages: bool) -> Measured:
+    command = [fio, "--output-format=json", "--direct=1", f"--ioengine={engine}", f"--bs={case.object_bytes}"]
+    command += ["--file_service_type=sequential"]
     command += ["--iomem_align=2M"] if huge_pages else []
     if case.kind == "read":
         command += ["--rw=read", "--time_based", f"--runtime={read_s * 1e3:.0f}ms"]
     else:
         command += ["--rw=write", f"--filesize={case.object_bytes}", f"--nrfiles={case.objects // case.depth}"]
         command += ["--create_on_open=1", "--fallocate=none"]
-    for job in range(case.depth):
-        jobs_place = place / "jobs" / str(job)
-        jobs_place.mkdir(parents=True, exist_ok=True)
-        command += [f"--name=job{job}", f"--{'opendir' if case.kind == 'read' else 'directory'}={jobs_place}"]
+    if engine == IO_URING:
+        # As many files are open as objects are in flight; the links of all jobs are below this directory.
+        command += [f"--iodepth={case.depth}", f"--openfiles={case.depth}", "--name=job", f"--opendir={place / 'jobs'}"]
+    else:
+        command += ["--openfiles=1"]
+        for job in range(case.depth):
+            jobs_place = place / "jobs" / str(job)
+            jobs_place.mkdir(parents=True, exist_ok=True)
+            command += [f"--name=job{job}", f"--{'opendir' if case.kind == 'read' else 'directory'}={jobs_place}"]
     # glibc takes huge pages, and fills what it allocates with this byte. fio's own --ramp_time cannot be used for the
     # latter: in 3.33 jobs that are done with their files during that time may report nothing.
     environment = os.environ | {"MALLOC_PERTURB_": "165"}
@@ -309,9 +337,10 @@ def _run_fio(fio: str, case: Case, place: Path, read_s: float, *, huge_pages: bo
 
 
 def _result(case: Case, measured: dict[str, list[Measured]]) -> Result:
-    stamp, off, fio = (_side(measured[name]) for name in SIDES)
-    ratio = stamp.gb_per_s / fio.gb_per_s
-    stamp_cpu_ratio, off_cpu_ratio = stamp.cpu_ms_per_gb / fio.cpu_ms_per_gb, off.cpu_ms_per_gb / fio.cpu_ms_per_gb
+    sides = {name: _side(measured[name]) for name in case.sides}
+    stamp, off, psync, io_uring = sides["stamp"], sides["off"], sides[PSYNC], sides.get(IO_URING)
+    ratio = stamp.gb_per_s / max(sides[name].gb_per_s for name in (PSYNC, IO_URING) if name in sides)
+    stamp_cpu_ratio, off_cpu_ratio = stamp.cpu_ms_per_gb / psync.cpu_ms_per_gb, off.cpu_ms_per_gb / psync.cpu_ms_per_gb
     if case.object_bytes <= SMALL_OBJECT_BYTES:
         met = ratio >= MIN_OPS_RATIO
     else:
@@ -322,13 +351,16 @@ def _result(case: Case, measured: dict[str, list[Measured]]) -> Result:
         )
     return Result(
         case=case,
-        rounds=len(measured["fio"]),
+        rounds=len(measured[PSYNC]),
         stamp=stamp,
         off=off,
-        fio=fio,
+        psync=psync,
+        io_uring=io_uring,
         bandwidth_ratio=ratio,
         stamp_cpu_ratio=stamp_cpu_ratio,
         off_cpu_ratio=off_cpu_ratio,
+        stamp_io_uring_cpu_ratio=None if io_uring is None else stamp.cpu_ms_per_gb / io_uring.cpu_ms_per_gb,
+        off_io_uring_cpu_ratio=None if io_uring is None else off.cpu_ms_per_gb / io_uring.cpu_ms_per_gb,
         met=met,
     )
 
@@ -347,22 +379,39 @@ def _side(measured: Sequence[Measured]) -> Side:
 
 def _print_header(version: str, load: float) -> None:
     print(f"{version}, {os.cpu_count()} processors, load {load:.1f}; ratios are ours over fio's")
-    groups = "                               |          GB/s (spread)           |       |   CPU ms/GB       |"
-    columns = "  object depth   kind  rounds |     stamp        off        fio  | ratio | stamp   off   fio |"
-    print(f"{groups}  CPU ratio  | stamps\n{columns} stamp   off | of CPU")
+    groups = (
+        " " * 30,
+        f"{'GB/s (spread)':^47}",
+        " " * 5,
+        f"{'CPU ms/GB':^23}",
+        f"{'of psync':^11}",
+        f"{'of io_uring':^11}",
+        "stamps",
+    )
+    columns = (
+        "  object depth   kind  rounds ",
+        " ".join(f"{name:>11}" for name in ("stamp", "off", PSYNC, IO_URING)),
+        "ratio",
+        "stamp   off psync uring",
+        "stamp   off",
+        "stamp   off",
+        "of CPU",
+    )
+    print(" | ".join(groups), " | ".join(columns), sep="\n")
 
 
 def _print_row(one: Result) -> None:
-    case = one.case
-    rates = " ".join(f"{side.gb_per_s:>5.2f} ({side.spread:>3.0%})" for side in (one.stamp, one.off, one.fio))
-    cpu = " ".join(f"{side.cpu_ms_per_gb:>5.0f}" for side in (one.stamp, one.off, one.fio))
+    case, sides = one.case, (one.stamp, one.off, one.psync, one.io_uring)
+    ratios = (one.stamp_cpu_ratio, one.off_cpu_ratio, one.stamp_io_uring_cpu_ratio, one.off_io_uring_cpu_ratio)
+    shown = [f"{'-' if ratio is None else format(ratio, '.2f'):>5}" for ratio in ratios]
     parts = (
         f"{case.size:>8} {case.depth:>5}  {case.kind:<5} {one.rounds:>7}",
-        rates,
+        " ".join(f"{'-':>11}" if side is None else f"{side.gb_per_s:>5.2f} ({side.spread:>3.0%})" for side in sides),
         f"{one.bandwidth_ratio:>5.2f}",
-        cpu,
-        f"{one.stamp_cpu_ratio:>5.2f} {one.off_cpu_ratio:>5.2f}",
-        f"{one.stamp.payload_share:>5.1%}",
+        " ".join(f"{'-' if side is None else format(side.cpu_ms_per_gb, '.0f'):>5}" for side in sides),
+        " ".join(shown[:2]),
+        " ".join(shown[2:]),
+        f"{one.stamp.payload_share:>6.1%}",
         "met" if one.met else "MISSED",
     )
     print(" | ".join(parts), flush=True)

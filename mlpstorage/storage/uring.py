@@ -117,7 +117,7 @@ class UringEngine:
             thread.start()
 
     def submit(self, chains: Sequence[Chain], lane: Lane, on_done: OnDone) -> object:
-        """See `IoEngine.submit`; `on_done` is called in the ring's thread, or in the one that cancels.
+        """See `IoEngine.submit`; `on_done` is called in a thread of the engine, or in the one that cancels.
 
         Raises:
             RuntimeError: The engine is closed.
@@ -142,9 +142,10 @@ class UringEngine:
         """See `IoEngine.close`."""
         self._queues.close()
         self._wake()
-        if self._thread.ident is None or self._thread is threading.current_thread():
+        threads = (self._thread, *self._blocking)
+        if self._thread.ident is None or threading.current_thread() in threads:
             return  # never started; or told to by a report, and they end after it
-        for thread in (self._thread, *self._blocking):
+        for thread in threads:
             thread.join()
 
     def _wake(self) -> None:
@@ -165,9 +166,11 @@ class UringEngine:
         os.close(event)
 
     def _do_jobs(self) -> None:
-        """What each of the other threads does."""
+        """What each of the other threads does: a slot's operations, and the next ones too, while they are its kind."""
         while (slot := self._jobs.get()) is not None:
             slot.run()
+            while (op := self._next(slot)) is not None and op.kind in self._blocking_kinds:
+                slot.run()
             self._returned.append(slot)
             self._wake()
 
@@ -190,37 +193,41 @@ class UringEngine:
 
     def _fill(self) -> None:
         """Give queued chains to free slots."""
-        while self._free and (item := self._queues.take(self._order(self._free[-1]))) is not None:
-            slot = self._free.pop()
+        while self._free and self._next(self._free[-1]) is not None:
+            self._proceed(self._free.pop())
+
+    def _proceed(self, slot: "_Slot") -> None:
+        """Begin the next operation of a slot, or free it."""
+        while (op := self._next(slot)) is not None:
+            if op.kind in self._blocking_kinds:
+                self._jobs.put(slot)
+                return
+            if op.kind not in _TRANSFERS:
+                slot.run()
+            elif slot.begin():
+                if self._submit(slot):
+                    return
+                slot.end()
+        self._free.append(slot)
+
+    def _next(self, slot: "_Slot") -> Op | None:
+        """The next operation of a slot's chain or, after its last one, of the next chain; None where none is queued."""
+        while True:
+            if slot.has_chain:
+                op = slot.next_op()
+                if op is not None:
+                    return op
+                self._queues.finish(*slot.leave())
+            item = self._queues.take(self._order(slot))
+            if item is None:
+                return None
             slot.enter(item)
-            self._proceed(slot)
 
     def _order(self, slot: "_Slot") -> tuple[int, ...]:
         if len(self._slots) > 1:
             return self._queues.order(slot.number, len(self._slots))
         self._turns += 1
         return self._queues.order(self._turns % 2, 2)
-
-    def _proceed(self, slot: "_Slot") -> None:
-        """Begin the next operation of a slot's chain or, after its last one, of the next chain."""
-        while True:
-            op = slot.next_op()
-            if op is None:
-                self._queues.finish(*slot.leave())
-                item = self._queues.take(self._order(slot))
-                if item is None:
-                    self._free.append(slot)
-                    return
-                slot.enter(item)
-            elif op.kind in self._blocking_kinds:
-                self._jobs.put(slot)
-                return
-            elif op.kind not in _TRANSFERS:
-                slot.run()
-            elif slot.begin():
-                if self._submit(slot):
-                    return
-                slot.end()
 
     def _submit(self, slot: "_Slot") -> bool:
         """Hand to the ring what is missing of an object; False where that fails."""
@@ -240,11 +247,24 @@ class _Slot(Worker):
     """A chain under way, its buffer, and the transfer that is being done.
 
     Attributes:
+        has_chain: Whether a chain is under way.
         number: Of the slot, and tag of its transfers.
         op: The operation that is being done.
     """
 
-    __slots__ = ("_done", "_done_bytes", "_error", "_files", "_item", "_kept", "_memory", "_transfer", "number", "op")
+    __slots__ = (
+        "_done",
+        "_done_bytes",
+        "_error",
+        "_files",
+        "_item",
+        "_kept",
+        "_memory",
+        "_transfer",
+        "has_chain",
+        "number",
+        "op",
+    )
 
     op: Op
     _item: QueuedChain
@@ -252,6 +272,7 @@ class _Slot(Worker):
 
     def __init__(self, number: int, store: DescriptorStore, payload: Payload, arena: DramArena | None) -> None:
         super().__init__(cast("BlockStore", store), payload, arena)
+        self.has_chain = False
         self.number = number
         self._files = store
         self._done: list[OpDone] = []
@@ -264,9 +285,11 @@ class _Slot(Worker):
         """Take a chain."""
         self._item = item
         self._done = []
+        self.has_chain = True
 
     def leave(self) -> tuple[QueuedChain, list[OpDone]]:
-        """The chain, and what became of it."""
+        """Let go of the chain; returns it, and what became of it."""
+        self.has_chain = False
         return self._item, self._done
 
     def next_op(self) -> Op | None:
