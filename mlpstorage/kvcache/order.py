@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from mlpstorage.kvcache.block_io import Submitted
+from mlpstorage.kvcache.block_io import Submitted, end_of
 from mlpstorage.storage.ops import OpDone
 
 Ended = asyncio.Future[Any]
@@ -24,14 +24,16 @@ class Order:
 
     def before_read(self, places: Iterable[int]) -> set[Ended]:
         """What must end before these places can be read."""
+        if not self._changes:
+            return set()
         return {self._changes[place] for place in places if place in self._changes}
 
     def before_change(self, places: Iterable[int]) -> set[Ended]:
         """What must end before these places can be written or deleted."""
         chosen = list(places)
         waits = self.before_read(chosen)
-        for place in chosen:
-            waits |= self._reads.get(place, set())
+        if self._reads:
+            waits.update(*(self._reads[place] for place in chosen if place in self._reads))
         return waits
 
     def changing(self, place: int) -> bool:
@@ -101,5 +103,5 @@ class LaterBatch:
         if self._batch is None:
             self.finished.set_result(self._refused())
             return
-        await asyncio.wait({self._batch.finished})
+        await end_of(self._batch.finished)
         self.finished.set_result(self._batch.finished.result())

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
 from mlpstorage.config import WriteOverflow
-from mlpstorage.kvcache.block_io import Behind
+from mlpstorage.kvcache.block_io import Behind, end_of
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.index import in_touch_order
 from mlpstorage.kvcache.recorder import Recorder
@@ -283,8 +283,8 @@ class WriteQueue:
             self._behind.spawn(self._write_in_gate(taken, queued_ns))
 
     async def _write_in_gate(self, taken: Taken, queued_ns: dict[int, int]) -> None:
-        if taken.waits:
-            await asyncio.wait(taken.waits)
+        for before in taken.waits:
+            await end_of(before)
         await self._write(taken, queued_ns)
 
     async def _write(self, taken: Taken, queued_ns: dict[int, int]) -> None:
@@ -292,5 +292,4 @@ class WriteQueue:
         self._rate.end(len(queued_ns), len(written_ns))
         self._gate.leave(len(queued_ns))
         self.dropped(len(queued_ns) - len(written_ns))
-        for block_id, ended_ns in written_ns.items():
-            self._recorder.took("write_behind", queued_ns[block_id], ended_ns)
+        self._recorder.took_each("write_behind", [(queued_ns[one], ended_ns) for one, ended_ns in written_ns.items()])
