@@ -33,7 +33,7 @@ from mlpstorage.kvcache.events import (
     parse_event,
 )
 from mlpstorage.kvcache.pulse import SILENCE_S
-from mlpstorage.launch.failures import Rank, death, start_failure
+from mlpstorage.launch.failures import MissingPackageError, Rank, death, start_failure
 from mlpstorage.launch.process import JobOutcome
 from mlpstorage.report.progress import ProgressView
 from mlpstorage.results.directory import LOGS_DIR
@@ -91,6 +91,7 @@ class Job:
         ranks_on_host: Where an MPI launcher starts them, the most on one host: the job is then ended where it takes
             too long. None for a process of this host, which ends with its pipe.
         hosts: The hosts as the launcher was given them.
+        hosts_without: Finds the hosts that lack a Python package, where one is missing somewhere.
     """
 
     def __init__(
@@ -102,9 +103,11 @@ class Job:
         on_hosts: Callable[[Sequence[dict[str, object]]], None],
         ranks_on_host: int | None = None,
         hosts: Sequence[str] = (),
+        hosts_without: Callable[[str], Sequence[str]] = lambda _: (),
     ) -> None:
         self._ranks_on_host = ranks_on_host
         self._hosts = hosts
+        self._hosts_without = hosts_without
         self._heard_s = time.monotonic()
         self._end_s: float | None = None
         self._started: dict[int, Rank] = {}
@@ -160,10 +163,11 @@ class Job:
 
     def failure(self, returncode: int) -> MLPStorageError | None:
         """Why the job has no result, where it is known better than by its exit code. Call `close` before."""
-        if self._lost is not None:
-            return self._lost
-        if not self._started:
-            return start_failure(self._said())
+        failure = self._lost if self._lost is not None or self._started else start_failure(self._said())
+        if isinstance(failure, MissingPackageError):
+            return MissingPackageError(failure.package, self._hosts_without(failure.package))
+        if failure is not None or not self._started:
+            return failure
         died = death(self._said(), self._started, self._hosts)
         if died is None and returncode == OPEN_MPI_CONNECTION_CLOSED and len(self._started) > 1:
             hosts = ", ".join(dict.fromkeys(rank.host for rank in self._started.values()))
@@ -294,7 +298,7 @@ def judge(outcome: JobOutcome, job: Job, summary: Summary | None) -> None:
         raise _hung(job.silent, kept)
     failure = job.failure(outcome.returncode)
     if failure is not None:
-        raise type(failure)(f"{failure}{kept}; see {LOGS_DIR}/ranks.stderr.log in the result directory")
+        raise _error_of(failure.exit_code, f"{failure}{kept}; see {LOGS_DIR}/ranks.stderr.log in the result directory")
     how = (
         f"was killed by signal {-outcome.returncode}"
         if outcome.returncode < 0
