@@ -68,7 +68,6 @@ class Pulse:
         writer: Where rank 0 tells the launcher.
         finals: Results of ranks that have finished, as JSON, as far as this rank knows them.
         activity: Of this process.
-        still_s: How long it may stand still.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class Pulse:
         writer: EventWriter,
         finals: Mapping[int, str],
         activity: Activity,
-        still_s: float = STILL_S,
     ) -> None:
         self._ranks = ranks
         self._hosts = hosts
@@ -88,12 +86,16 @@ class Pulse:
         self._writer = writer
         self._finals = finals
         self._activity = activity
-        self._still_limit_s = still_s
+        self._still_limit_s = STILL_S
         self._others = range(1, ranks.size) if ranks.rank == 0 else (0,)
         self._silence = Silence(self._others)
         self._still_s = dict.fromkeys((ranks.rank, *self._others), 0.0)
         self._seen: object = None
         self._looked_ns = self._beat_ns = clock.now_ns()
+
+    def bear(self, still_s: float) -> None:
+        """Let ranks stand still for so long."""
+        self._still_limit_s = still_s
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:

@@ -121,7 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hosts is None:
         ranks.barrier()
         return EXIT_CODE.CONFIGURATION
-    spec, run_id = parse_arguments(sys.argv[1:] if argv is None else argv)
     finals: dict[int, str] = {}
     pulse = Pulse(
         ranks=ranks,
@@ -130,9 +129,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         writer=writer,
         finals=finals,
         activity=_activity(),
-        still_s=_still_limit_s(spec),
     )
     with pulse.beating():
+        spec, run_id = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if spec.store_layout is Layout.OBJECT:
+            # An object store may be silent for as long as it is tried again.
+            pulse.bear(STILL_S + spec.io_limit_s)
         exit_code = _prepare_and_run(spec, run_id, ranks, writer, finals)
         # Under mpi4py a rank that ends with an error ends all others: they must have removed their files.
         ranks.barrier()
@@ -172,11 +174,6 @@ def _activity() -> Activity:
     own = threading.get_native_id()
     of_mpi = {int(task.name) for task in Path("/proc/self/task").iterdir()} - {own}
     return lambda: thread_activity({*of_mpi, threading.get_native_id()})
-
-
-def _still_limit_s(spec: KVCacheSpec) -> float:
-    """How long a rank may stand still: an object store may be silent for as long as it is tried again."""
-    return STILL_S + (spec.io_limit_s if spec.store_layout is Layout.OBJECT else 0.0)
 
 
 def _introduce(ranks: Ranks, writer: EventWriter) -> Sequence[str] | None:

@@ -28,7 +28,7 @@ BOUND_S = 30.0
 """In so many seconds a run that fails must have ended, by the issue."""
 
 TINY = shlex.split(
-    "--model tiny-1b --num-users 2 --generation-mode none --gpu-mem-gb 0 --cpu-mem-gb 0.02 --storage-gb 0.1 "
+    "--num-users 2 --generation-mode none --gpu-mem-gb 0 --cpu-mem-gb 0.02 --storage-gb 0.1 "
     "--block-tokens 64 --warmup 0.2"
 )
 
@@ -45,7 +45,8 @@ class Cluster:
         """The words of a run of four ranks."""
         where = ["--hosts", *nodes.split(), "--num-processes", str(ranks), "--mpi-bin", str(self.launcher.path)]
         where += ["--results-dir", str(self.results), "--cache-dir", str(self.hosts.place / "cache")]
-        return [str(BIN / "mlpstorage"), "kvcache", "run", *where, *TINY, *words]
+        model = [] if "--model-config" in words else ["--model", "tiny-1b"]
+        return [str(BIN / "mlpstorage"), "kvcache", "run", *where, *model, *TINY, *words]
 
     def environment(self) -> dict[str, str]:
         """That of the launching host."""
@@ -198,21 +199,31 @@ def test_a_killed_rank_is_named(cluster: Cluster) -> None:
     assert re.search(named, told), told
 
 
-def waiting_for_a_trace(cluster: Cluster) -> "subprocess.Popen[str]":
-    """Start a run whose trace is a pipe that nobody writes to on nodeb; returns when a rank there waits for it."""
-    trace = mooncake(
-        cluster.hosts.place / "trace.jsonl", [(50 * number, 1_100, [2 * number, 2 * number + 1]) for number in range(9)]
-    )
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 256,
+    "vocab_size": 1000,
+}
+
+
+def waiting_for_a_file(cluster: Cluster) -> "subprocess.Popen[str]":
+    """Start a run whose model file is a pipe that nobody writes to on nodeb; returns when a rank waits for it."""
+    model = cluster.hosts.place / "model.json"
+    model.write_text(json.dumps(MODEL))
     for name, host in cluster.hosts.nodes.items():
-        there = host.path(trace)
+        there = host.path(model)
         there.unlink(missing_ok=True)
         if name == "nodeb":
             os.mkfifo(there)
         else:
-            there.write_bytes(trace.read_bytes())
-    process = cluster.start("--trace", str(trace), "--block-tokens", "512", "--duration", "20")
+            there.write_bytes(model.read_bytes())
+    process = cluster.start("--model-config", str(model), "--duration", "20")
     ranks = cluster.hosts.nodes["nodeb"].ranks
-    eventually(lambda: any(map(opens_a_pipe, ranks())) or process.poll() is not None, "a rank waits for the trace")
+    eventually(lambda: any(map(opens_a_pipe, ranks())) or process.poll() is not None, "a rank waits for the file")
     assert process.poll() is None, process.communicate()
     return process
 
@@ -227,14 +238,14 @@ def opens_a_pipe(rank: psutil.Process) -> bool:
 @only(Dialect.MPICH)
 def test_a_rank_whose_storage_hangs_before_the_run_is_named(cluster: Cluster) -> None:
     """Two ranks wait for ever for a file of their host: the others, which wait for them, are not taken to hang."""
-    told = failed(waiting_for_a_trace(cluster), cluster, 7)
+    told = failed(waiting_for_a_file(cluster), cluster, 7)
     assert re.search(r"error: rank [0-3] on nodeb(, rank [0-3] on nodeb)?: nothing has gone on there for", told), told
 
 
 @only(Dialect.OPEN_MPI_4)
 def test_a_rank_that_is_stopped_before_the_run_is_named(cluster: Cluster) -> None:
     """SIGSTOP of a rank that waits for another, which is still preparing."""
-    process = waiting_for_a_trace(cluster)
+    process = waiting_for_a_file(cluster)
     cluster.hosts.nodes["nodea"].ranks()[-1].suspend()
     told = failed(process, cluster, 7)
     assert re.search(r"error: rank [0-3] on nodea: not heard of for 1\d s", told), told
