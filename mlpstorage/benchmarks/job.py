@@ -33,7 +33,7 @@ from mlpstorage.kvcache.events import (
     parse_event,
 )
 from mlpstorage.kvcache.pulse import SILENCE_S
-from mlpstorage.launch.failures import MissingPackageError, Rank, death, start_failure
+from mlpstorage.launch.failures import MissingPackageError, Rank, death, lost_peer, start_failure
 from mlpstorage.launch.process import JobOutcome
 from mlpstorage.report.progress import ProgressView
 from mlpstorage.results.directory import LOGS_DIR
@@ -170,8 +170,7 @@ class Job:
             return failure
         died = death(self._said(), self._started, self._hosts)
         if died is None and returncode == OPEN_MPI_CONNECTION_CLOSED and len(self._started) > 1:
-            hosts = ", ".join(dict.fromkeys(rank.host for rank in self._started.values()))
-            died = f"a rank on one of {hosts} has died: another rank lost its connection to it"
+            died = lost_peer(self._said(), self._started)
         return None if died is None else RunError(f"{died}; all other ranks were ended")
 
     def _said(self) -> str:

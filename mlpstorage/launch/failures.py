@@ -71,6 +71,17 @@ def death(text: str, ranks: Mapping[int, Rank], named: Sequence[str] = ()) -> st
     return f"{who} was killed by {_signal_text(code)}"
 
 
+def lost_peer(text: str, ranks: Mapping[int, Rank]) -> str:
+    """Which ranks may have died, where a rank of Open MPI 5 found a connection closed before its launcher knew why."""
+    found = _OPEN_MPI_PEER.search(text)
+    there = sorted(number for number, rank in ranks.items() if found is not None and rank.host == found["host"])
+    if found is None or not there:
+        hosts = ", ".join(dict.fromkeys(rank.host for rank in ranks.values()))
+        return f"a rank on one of {hosts} has died: another rank lost its connection to it"
+    return f"rank {' or '.join(map(str, there))} on {found['host']} has died: another rank lost its connection to it"
+
+
+_OPEN_MPI_PEER = re.compile(r"Local PID: +\d+\s+Peer host: +(?P<host>\S+)")
 _OPEN_MPI_SIGNAL = re.compile(
     r"process rank (?P<rank>\d+) with PID \d+ on node (?P<host>\S+) exited on\s+signal (?P<signal>\d+)"
 )
