@@ -66,7 +66,11 @@ class Cluster:
         return process
 
     def _told(self) -> bool:
-        return any(path.stat().st_size for path in self.results.glob("kv_cache/*/run/*/timeseries.jsonl"))
+        return bool(self.series())
+
+    def series(self) -> str:
+        """The time series of the only run, as far as it is written."""
+        return "".join(path.read_text() for path in self.results.glob("kv_cache/*/run/*/timeseries.jsonl"))
 
     def run_directory(self) -> Path:
         """The only result directory."""
@@ -256,7 +260,9 @@ def test_a_rank_that_is_stopped_while_it_cleans_up_is_named(cluster: Cluster) ->
     """SIGSTOP of a rank at the first directory that it removes: the run fails, its results are there and whole."""
     if shutil.which("strace") is None:
         pytest.skip("stopping a rank at a system call needs strace: apt-get install strace")
-    process = cluster.playing("--duration", "3")
+    process = cluster.playing("--duration", "8")
+    # Of the window enough is over for results: a tracer slows down the rank.
+    eventually(lambda: '"t_s":4' in cluster.series() or process.poll() is not None, "half of the window is over")
     stopped = cluster.hosts.nodes["nodeb"].ranks()[0].pid
     inject = ["--follow-forks", f"--attach={stopped}", "--trace=rmdir,unlinkat", "--output=/dev/null"]
     tracer = subprocess.Popen([shutil.which("strace") or "", *inject, "--inject=rmdir,unlinkat:signal=SIGSTOP:when=1"])
