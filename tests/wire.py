@@ -48,6 +48,7 @@ class WiredRank:
 
     wire: Wire
     rank: int
+    launched: bool = True
     ranks_on_host: int = 1
     lowest_on_host: bool = True
     aborted: int | None = None
@@ -68,6 +69,18 @@ class WiredRank:
             _, source, message = box.popleft()
             here.append((source, message))
         return here
+
+    def beat(self, still_s: float, to: int) -> None:
+        """Not here: signs of life are no matter of the event loop."""
+        raise NotImplementedError
+
+    def beats(self) -> list[tuple[int, float]]:
+        """Likewise."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Likewise."""
+        raise NotImplementedError
 
     def abort(self, exit_code: int) -> NoReturn:
         """Remember with what, and end."""

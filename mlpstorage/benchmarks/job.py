@@ -32,8 +32,8 @@ from mlpstorage.kvcache.events import (
     Warned,
     parse_event,
 )
-from mlpstorage.kvcache.together import SILENCE_S, WAIT_LIMIT_S
-from mlpstorage.launch.failures import Rank, death, start_failure
+from mlpstorage.kvcache.pulse import SILENCE_S
+from mlpstorage.launch.failures import MissingPackageError, Rank, death, lost_peer, start_failure
 from mlpstorage.launch.process import JobOutcome
 from mlpstorage.report.progress import ProgressView
 from mlpstorage.results.directory import LOGS_DIR
@@ -65,7 +65,7 @@ START_LIMIT_S = 20.0
 START_LIMIT_A_RANK_S = 1.0
 
 QUIET_LIMIT_S = SILENCE_S + 5.0
-"""While ranks play one lets hear of itself every second. Where rank 0 hangs, the others say so before this."""
+"""Rank 0 lets hear of itself every second. Where it hangs, the others say so before this."""
 
 _SILENT_END_S = 2.0
 """Ranks that told that one hangs have so long to end by themselves."""
@@ -91,6 +91,7 @@ class Job:
         ranks_on_host: Where an MPI launcher starts them, the most on one host: the job is then ended where it takes
             too long. None for a process of this host, which ends with its pipe.
         hosts: The hosts as the launcher was given them.
+        hosts_without: Finds the hosts that lack a Python package, where one is missing somewhere.
     """
 
     def __init__(
@@ -102,12 +103,13 @@ class Job:
         on_hosts: Callable[[Sequence[dict[str, object]]], None],
         ranks_on_host: int | None = None,
         hosts: Sequence[str] = (),
+        hosts_without: Callable[[str], Sequence[str]] = lambda _: (),
     ) -> None:
         self._ranks_on_host = ranks_on_host
         self._hosts = hosts
+        self._hosts_without = hosts_without
         self._heard_s = time.monotonic()
         self._end_s: float | None = None
-        self._plays = False
         self._started: dict[int, Rank] = {}
         self._lost: MLPStorageError | None = None
         self._stderr_path = result_dir / LOGS_DIR / "ranks.stderr.log"
@@ -151,7 +153,7 @@ class Job:
                     f"not all ranks have started within {limit_s:.0f} s; a host cannot be reached, or has another MPI. "
                     "Check that `mpirun` starts `hostname` on all of --hosts"
                 )
-        elif quiet_s > (QUIET_LIMIT_S if self._plays else WAIT_LIMIT_S):
+        elif quiet_s > QUIET_LIMIT_S:
             root = self._started[0]
             self._lost = RunTimeoutError(
                 f"rank 0 on {root.host}: not heard of for {quiet_s:.0f} s, it hangs or its host cannot be reached; all "
@@ -161,14 +163,14 @@ class Job:
 
     def failure(self, returncode: int) -> MLPStorageError | None:
         """Why the job has no result, where it is known better than by its exit code. Call `close` before."""
-        if self._lost is not None:
-            return self._lost
-        if not self._started:
-            return start_failure(self._said())
+        failure = self._lost if self._lost is not None or self._started else start_failure(self._said())
+        if isinstance(failure, MissingPackageError):
+            return MissingPackageError(failure.package, self._hosts_without(failure.package))
+        if failure is not None or not self._started:
+            return failure
         died = death(self._said(), self._started, self._hosts)
         if died is None and returncode == OPEN_MPI_CONNECTION_CLOSED and len(self._started) > 1:
-            hosts = ", ".join(dict.fromkeys(rank.host for rank in self._started.values()))
-            died = f"a rank on one of {hosts} has died: another rank lost its connection to it"
+            died = lost_peer(self._said(), self._started)
         return None if died is None else RunError(f"{died}; all other ranks were ended")
 
     def _said(self) -> str:
@@ -201,7 +203,6 @@ class Job:
                 self._end_s = self._end_s or self._heard_s + _SILENT_END_S
             case Finished(ranks=results):
                 self.ranks = results
-                self._plays = False
             case _:
                 self._take_running(event)
 
@@ -209,7 +210,6 @@ class Job:
         """Keep what ranks tell while they play."""
         match event:
             case Progress(sample=sample):
-                self._plays = True
                 self._samples[sample.rank] = sample
                 self._series.write(sample.model_dump_json() + "\n")
                 self._series.flush()
@@ -219,7 +219,6 @@ class Job:
                 self._host_series.write(host_sample.model_dump_json() + "\n")
                 self._host_series.flush()
             case Snapshot(result=result):
-                self._plays = True
                 self._snapshots[result.rank] = result
 
     def kept(self, outcome: JobOutcome) -> tuple[RankResult, ...]:
@@ -288,18 +287,17 @@ def judge(outcome: JobOutcome, job: Job, summary: Summary | None) -> None:
     if job.ranks:
         if summary is not None and summary.status is not RunStatus.COMPLETE:
             raise _error_of(_exit_code(job.ranks, summary.status), summary.error or "a rank failed")
+        if job.silent is not None:
+            raise _hung(
+                job.silent, "; that was after the measurement, whose results are whole, and cache files may stay"
+            )
         return
     kept = "" if summary is None else "; what was measured until then is kept, marked incomplete"
     if job.silent is not None:
-        who = ", ".join(f"rank {one.rank} on {one.host}" for one in job.silent.ranks)
-        longest_s = max(one.silent_s for one in job.silent.ranks)
-        raise RunTimeoutError(
-            f"{who}: not heard of for {longest_s:.0f} s, it hangs or its host cannot be reached; all ranks were ended"
-            f"{kept}. Look at that host and its storage"
-        )
+        raise _hung(job.silent, kept)
     failure = job.failure(outcome.returncode)
     if failure is not None:
-        raise type(failure)(f"{failure}{kept}; see {LOGS_DIR}/ranks.stderr.log in the result directory")
+        raise _error_of(failure.exit_code, f"{failure}{kept}; see {LOGS_DIR}/ranks.stderr.log in the result directory")
     how = (
         f"was killed by signal {-outcome.returncode}"
         if outcome.returncode < 0
@@ -309,6 +307,17 @@ def judge(outcome: JobOutcome, job: Job, summary: Summary | None) -> None:
     raise RunError(
         f"the rank or its launcher {how}{told}{kept}; see {LOGS_DIR}/ranks.stderr.log in the result directory"
     )
+
+
+def _hung(silent: Silent, kept: str) -> RunTimeoutError:
+    who = ", ".join(f"rank {one.rank} on {one.host}" for one in silent.ranks)
+    longest_s = max(one.silent_s for one in silent.ranks)
+    how = (
+        f"nothing has gone on there for {longest_s:.0f} s, its storage hangs"
+        if any(one.still for one in silent.ranks)
+        else f"not heard of for {longest_s:.0f} s, it hangs or its host cannot be reached"
+    )
+    return RunTimeoutError(f"{who}: {how}; all ranks were ended{kept}. Look at that host and its storage")
 
 
 def _other_version(version: str, hosts: Sequence[str]) -> Refused:

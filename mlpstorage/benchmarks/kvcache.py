@@ -22,7 +22,14 @@ from mlpstorage.cluster.locality import is_local
 from mlpstorage.config import BENCHMARK_TYPES, EXIT_CODE, HOST_SERIES, Layout
 from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError, UsageError
 from mlpstorage.kvcache.played import build_workload, with_settled_load
-from mlpstorage.launch.command import handed_environment, rank_command, rank_environment, ranks_on_host, shown
+from mlpstorage.launch.command import (
+    handed_environment,
+    hosts_without,
+    rank_command,
+    rank_environment,
+    ranks_on_host,
+    shown,
+)
 from mlpstorage.launch.mpi import (
     DEFAULT_DIALECT,
     Dialect,
@@ -334,6 +341,7 @@ class KVCacheBenchmark(Benchmark):
             on_hosts=self._know_hosts,
             ranks_on_host=self._bounded_ranks_on_host(),
             hosts=[host.name for host in self._spec.parsed_hosts],
+            hosts_without=lambda package: hosts_without(package, self._spec, self._layout, self._dialect),
         )
         try:
             self.logger.info("results go to %s", self.result_dir)

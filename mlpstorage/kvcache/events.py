@@ -1,6 +1,7 @@
 """What rank 0 tells the launcher: one JSON object a line on standard output, which nobody else writes to."""
 
 import sys
+import threading
 from collections.abc import Sequence
 from typing import IO, Annotated, Literal
 
@@ -31,7 +32,7 @@ class HostProgress(Record):
 
 
 class Alive(Record):
-    """Rank 0 of several goes on, whatever else it has to tell: lines of the time series may be an hour apart."""
+    """Rank 0 lives, from the start to the end, whatever else it has to tell."""
 
     type: Literal["alive"] = "alive"
 
@@ -78,11 +79,12 @@ class Snapshot(Record):
 
 
 class SilentRank(Record):
-    """A rank that has not been heard of for so many seconds."""
+    """A rank that has not been heard of for so many seconds, or, where it is `still`, has said that it does nothing."""
 
     rank: int
     host: str
     silent_s: float
+    still: bool = False
 
 
 class Silent(Record):
@@ -122,6 +124,7 @@ class EventWriter:
     def __init__(self, *, speaks: bool) -> None:
         self._stdout = sys.stdout
         self._stream: IO[str] | None = self._stdout if speaks else None
+        self._one_at_a_time = threading.Lock()
         sys.stdout = sys.stderr
 
     def send(self, event: Event) -> None:
@@ -133,11 +136,12 @@ class EventWriter:
         """Write an event that is JSON already, of another rank perhaps."""
         if self._stream is None:
             return
-        try:
-            self._stream.write(text + "\n")
-            self._stream.flush()
-        except BrokenPipeError:
-            self._stream = None
+        with self._one_at_a_time:
+            try:
+                self._stream.write(text + "\n")
+                self._stream.flush()
+            except BrokenPipeError:
+                self._stream = None
 
     def speak(self) -> None:
         """Write from now on: rank 0 hangs, and somebody must say so."""

@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,13 +49,15 @@ from mlpstorage.kvcache.pacing import Pacing
 from mlpstorage.kvcache.play import DRAIN_LIMIT_S, Ending, Played, Stop, Timing, play
 from mlpstorage.kvcache.played import build_workload
 from mlpstorage.kvcache.process import Signals, die_with_parent, in_daemon
+from mlpstorage.kvcache.pulse import STILL_S, Activity, Pulse
 from mlpstorage.kvcache.ranks import ClockOffset, Ranks, find_ranks
 from mlpstorage.kvcache.recorder import counts
 from mlpstorage.kvcache.shared_place import SharedPlace, as_refusal, join_place, part_of, share_place
 from mlpstorage.kvcache.threaded_io import ThreadedIO
-from mlpstorage.kvcache.together import WAIT_LIMIT_S, Together
+from mlpstorage.kvcache.together import Together
 from mlpstorage.kvcache.workload import Workload
 from mlpstorage.measure.clock import NS, MonotonicClock
+from mlpstorage.measure.process import thread_activity
 from mlpstorage.plan.compute import compute_model
 from mlpstorage.plan.kvcache import Sizes, check_room, sizes, warmup_s, with_automatic_sizes
 from mlpstorage.results.models import (
@@ -85,7 +87,7 @@ SWITCH_INTERVAL_S = 0.0005
 DRAIN_MARGIN_S = 5.0
 """Longer than an object store is tried again we wait so much for the answer."""
 
-EXIT_LIMIT_S = 20
+EXIT_LIMIT_S = 10
 """Longest end of MPI itself."""
 
 
@@ -116,53 +118,67 @@ def main(argv: Sequence[str] | None = None) -> int:
         EventWriter(speaks=True).send(Refused(exit_code=int(mismatch.exit_code), message=str(mismatch)))
         return mismatch.exit_code
     writer = EventWriter(speaks=ranks.rank == 0)
-    if not _introduce(ranks, writer):
+    hosts = _introduce(ranks, writer)
+    if hosts is None:
         ranks.barrier()
         return EXIT_CODE.CONFIGURATION
-    spec, run_id = parse_arguments(sys.argv[1:] if argv is None else argv)
+    finals: dict[int, str] = {}
+    pulse = Pulse(
+        ranks=ranks,
+        hosts=hosts,
+        clock=MonotonicClock(),
+        writer=writer,
+        finals=finals,
+        activity=_activity(),
+    )
+    with pulse.beating():
+        spec, run_id = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if spec.store_layout is Layout.OBJECT:
+            # An object store may be silent for as long as it is tried again.
+            pulse.bear(STILL_S + spec.io_limit_s)
+        exit_code = _prepare_and_run(spec, run_id, ranks, writer, finals)
+        # Under mpi4py a rank that ends with an error ends all others: they must have removed their files.
+        ranks.barrier()
+    if ranks.launched:
+        # MPI's own end waits for the others, too.
+        signal.alarm(EXIT_LIMIT_S)
+    ranks.settle()
+    return exit_code
+
+
+def _prepare_and_run(
+    spec: KVCacheSpec, run_id: str, ranks: Ranks, writer: EventWriter, finals: dict[int, str]
+) -> EXIT_CODE:
+    """Prepare, play where every rank can, and remove what was made; returns the exit code."""
     signals = Signals()
     with contextlib.ExitStack() as held, contextlib.ExitStack() as cleanup:
-        with _bounded(ranks):
-            shared, error = share_place(spec, run_id, ranks, held, signals)
-            prepared = None
-            if error is None and not (shared is None and spec.shares_cache):
-                prepared, error = _try_to_prepare(spec, run_id, ranks, cleanup, signals, shared)
-            exit_code = _agree(ranks, prepared, error, writer)
+        shared, error = share_place(spec, run_id, ranks, held, signals)
+        prepared = None
+        if error is None and not (shared is None and spec.shares_cache):
+            prepared, error = _try_to_prepare(spec, run_id, ranks, cleanup, signals, shared)
+        exit_code = _agree(ranks, prepared, error, writer)
         if exit_code is None:
             assert prepared is not None, "every rank is prepared where none refused"
             if prepared.place.removal is not None:
                 prepared.place.removal.run_begins(keep=spec.keep_cache)
-            with _bounded(ranks):
-                prepared = _with_facts(prepared, ranks, writer)
-            result, hung = asyncio.run(_run(prepared, run_id, ranks, writer, signals))
+            prepared = _with_facts(prepared, ranks, writer)
+            result, hung = asyncio.run(_run(prepared, run_id, ranks, writer, signals, finals))
             exit_code = EXIT_CODE.SUCCESS if result.error is None else EXIT_CODE(result.error.exit_code)
             if hung:
                 # A thread hangs in the kernel and cannot be joined; the next run on the directory clears the files.
                 os._exit(exit_code)
-    # Under mpi4py a rank that ends with an error ends all others: they must have removed their files.
-    with _bounded(ranks):
-        ranks.barrier()
-    if ranks.size > 1:
-        # MPI's own end waits for the others, too.
-        signal.alarm(EXIT_LIMIT_S)
     return exit_code
 
 
-@contextlib.contextmanager
-def _bounded(ranks: Ranks) -> Iterator[None]:
-    """End all ranks of this host where it takes too long: another host is gone, and MPI would wait for ever."""
-    limit = threading.Timer(WAIT_LIMIT_S, ranks.abort, (int(EXIT_CODE.TIMEOUT),))
-    limit.daemon = True
-    if ranks.size > 1:
-        limit.start()
-    try:
-        yield
-    finally:
-        limit.cancel()
+def _activity() -> Activity:
+    """Tells whether a thread of this process has run, but for the pulse's own and those that MPI has started."""
+    own = threading.get_native_id()
+    of_mpi = {int(task.name) for task in Path("/proc/self/task").iterdir()} - {own}
+    return lambda: thread_activity({*of_mpi, threading.get_native_id()})
 
 
-def _introduce(ranks: Ranks, writer: EventWriter) -> bool:
-    """Whether all ranks have the same version of this package; rank 0 tells who they are, or who differs.
+def _introduce(ranks: Ranks, writer: EventWriter) -> Sequence[str] | None:
+    """The hosts of all ranks, where these have one version of this package; rank 0 tells who they are, or who differs.
 
     It comes before all that another version may do otherwise, and exchanges what every version understands.
     """
@@ -175,10 +191,10 @@ def _introduce(ranks: Ranks, writer: EventWriter) -> bool:
                 "begun. Install the same version on every host"
             )
             writer.send(Refused(exit_code=int(EXIT_CODE.CONFIGURATION), message=message))
-            return False
+            return None
     started = (StartedRank(rank=number, host=host, pid=pid) for number, (_, host, pid) in enumerate(told))
     writer.send(Started(version=version, ranks=tuple(started)))
-    return True
+    return [host for _, host, _ in told]
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[KVCacheSpec, str]:
@@ -319,7 +335,7 @@ def _agree(
 
 
 async def _run(
-    prepared: Prepared, run_id: str, ranks: Ranks, writer: EventWriter, signals: Signals
+    prepared: Prepared, run_id: str, ranks: Ranks, writer: EventWriter, signals: Signals, finals: dict[int, str]
 ) -> tuple[RankResult, bool]:
     """Play with all other ranks; returns what this one measured, and whether its storage hangs."""
     stop = Stop()
@@ -327,15 +343,14 @@ async def _run(
     signals.notify = lambda: loop.call_soon_threadsafe(stop.interrupt)
     if signals.seen:
         stop.interrupt()
-    hosts = ranks.allgather(os.uname().nodename)
     offset = ranks.clock_offset()
     together = Together(
         ranks=ranks,
-        hosts=hosts,
         offset=offset,
         clock=MonotonicClock(),
         writer=writer,
         on_stop=partial(stop.interrupt, "stopped: another rank failed"),
+        finals=finals,
     )
     rank = _Rank(prepared=prepared, run_id=run_id, ranks=ranks, offset=offset, io_before=_process_io())
     async with asyncio.TaskGroup() as group:

@@ -28,7 +28,7 @@ _DAEMON_GRACE_S = 2.0
 OFFSET_ROUND_TRIPS = 20
 """Questions for the time of rank 0; the quickest answer of them counts."""
 
-_QUESTION_TAG, _POST_TAG, _TURN_TAG = 1, 2, 3
+_QUESTION_TAG, _POST_TAG, _TURN_TAG, _BEAT_TAG = 1, 2, 3, 4
 
 _TURN_POLL_S = 0.001
 
@@ -66,6 +66,11 @@ class Ranks(Protocol):
         ...
 
     @property
+    def launched(self) -> bool:
+        """Whether an MPI launcher has started this rank."""
+        ...
+
+    @property
     def ranks_on_host(self) -> int:
         """Ranks that share this host's memory and file systems."""
         ...
@@ -99,6 +104,18 @@ class Ranks(Protocol):
         """Messages that are here, each with the rank that posted it, one rank's in their order. Waits for nothing."""
         ...
 
+    def beat(self, still_s: float, to: int) -> None:
+        """Give another rank a sign of life, and say how long nothing has gone on here; of any thread."""
+        ...
+
+    def beats(self) -> list[tuple[int, float]]:
+        """Signs of life that are here, each with its rank, in their order; of the thread that gives them."""
+        ...
+
+    def settle(self) -> None:
+        """Have all that is on its way to this rank arrive; all ranks do it together, when none sends any more."""
+        ...
+
     def abort(self, exit_code: int) -> NoReturn:
         """End all ranks at once, those that hang too."""
         ...
@@ -109,6 +126,7 @@ class Alone:
 
     rank = 0
     size = 1
+    launched = False
     ranks_on_host = 1
     lowest_on_host = True
 
@@ -135,6 +153,17 @@ class Alone:
         """Nobody posts."""
         return []
 
+    def beat(self, still_s: float, to: int) -> None:
+        """There is nobody to hear it."""
+        raise ValueError(f"rank {to} does not exist: nobody hears that this one is still for {still_s} s")
+
+    def beats(self) -> list[tuple[int, float]]:
+        """Nobody gives one."""
+        return []
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
+
     def abort(self, exit_code: int) -> NoReturn:
         """End this process at once."""
         os._exit(exit_code)
@@ -148,6 +177,7 @@ class MpiRanks:
 
         self._mpi = MPI
         self._daemon = os.getppid()
+        self.launched = True
         self._world = MPI.COMM_WORLD
         self.rank: int = self._world.Get_rank()
         self.size: int = self._world.Get_size()
@@ -155,6 +185,9 @@ class MpiRanks:
         self.ranks_on_host: int = self._on_host.Get_size()
         self.lowest_on_host: bool = self._on_host.Get_rank() == 0
         self._posted: list[MPI.Request] = []
+        self._beating: list[MPI.Request] = []
+        self._sent = {tag: [0] * self.size for tag in (_POST_TAG, _BEAT_TAG)}
+        self._taken = dict.fromkeys((_POST_TAG, _BEAT_TAG), 0)
         self._coming: list[tuple[int, MPI.Request]] = []
 
     def told_on_host(self, item: T) -> T:
@@ -204,6 +237,7 @@ class MpiRanks:
 
     def post(self, message: object, to: int) -> None:
         """Begin to send a message to another rank; `arrived` of both goes on with it."""
+        self._sent[_POST_TAG][to] += 1
         self._posted.append(self._world.isend(message, dest=to, tag=_POST_TAG))
 
     def arrived(self) -> list[tuple[int, Any]]:
@@ -227,7 +261,37 @@ class MpiRanks:
                 late.add(source)
                 coming.append((source, request))
         self._coming = coming
+        self._taken[_POST_TAG] += len(here)
         return here
+
+    def beat(self, still_s: float, to: int) -> None:
+        """Give another rank a sign of life, and say how long nothing has gone on here."""
+        self._beating = [request for request in self._beating if not request.Test()]
+        self._sent[_BEAT_TAG][to] += 1
+        self._beating.append(self._world.Isend(array("d", [still_s]), dest=to, tag=_BEAT_TAG))
+
+    def beats(self) -> list[tuple[int, float]]:
+        """Signs of life that are here, each with its rank, in their order."""
+        here: list[tuple[int, float]] = []
+        buffer, status = array("d", [0.0]), self._mpi.Status()
+        while (message := self._world.Improbe(tag=_BEAT_TAG, status=status)) is not None:
+            # So little comes at once: there is nothing to wait for.
+            message.Recv(buffer)
+            here.append((status.Get_source(), buffer[0]))
+        self._taken[_BEAT_TAG] += len(here)
+        return here
+
+    def settle(self) -> None:
+        """Have all that is on its way to this rank arrive.
+
+        MPI's own end may wait for messages that nobody has taken.
+        """
+        sent = [sum(to) for to in zip(*self._sent.values(), strict=True)]
+        due = sum(self._world.alltoall(sent))
+        while sum(self._taken.values()) < due or self._posted:
+            self.arrived()
+            self.beats()
+        self._mpi.Request.Waitall(self._beating)
 
     def abort(self, exit_code: int) -> NoReturn:
         """End all ranks at once, those that hang too.

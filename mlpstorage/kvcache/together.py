@@ -1,33 +1,20 @@
-"""What ranks do together while they play: agree on moments, report to rank 0, notice one that hangs, end as one.
+"""What ranks do together while they play: agree on moments, report to rank 0, end as one.
 
 Every rank posts to rank 0, which tells the launcher and answers. All of it happens in the event loop, a few messages a
-second and rank; nothing waits inside MPI, so that a rank that stops holds nobody up.
+second and rank; nothing waits inside MPI, so that a rank that stops holds nobody up. That one is noticed by `pulse`.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mlpstorage.config import EXIT_CODE
-from mlpstorage.kvcache.events import Alive, EventWriter, Silent, SilentRank
+from mlpstorage.kvcache.events import EventWriter
 from mlpstorage.kvcache.ranks import ClockOffset, Ranks
 from mlpstorage.measure.clock import NS, Clock
 
 POLL_NS = NS // 20
 """How often a rank looks for messages."""
-
-BEAT_NS = NS
-"""How often a rank lets hear of itself, whatever else it posts."""
-
-SILENCE_S = 10.0
-"""A rank that was not heard of for so long hangs: its event loop stands still, or its host is gone."""
-
-WAIT_LIMIT_S = 600.0
-"""Longest preparation, and longest clean-up, of several ranks: one that is still waited for then is lost."""
-
-_COUNTED_S = 1.0
-"""Most seconds that count as silence between two looks for messages: who did not listen has heard nobody."""
 
 _LEAD_NS, _LEAD_A_RANK_NS = NS // 5, NS // 200
 """How far ahead an agreed moment lies, so that word of it is there before: so much, and more with many ranks."""
@@ -79,10 +66,6 @@ class _Final(NamedTuple):
     failed: bool
 
 
-class _Beat(NamedTuple):
-    pass
-
-
 class _Stop(NamedTuple):
     pass
 
@@ -91,52 +74,29 @@ class _Over(NamedTuple):
     pass
 
 
-class Silence:
-    """How long each rank was not heard of."""
-
-    def __init__(self, ranks: Iterable[int], limit_s: float = SILENCE_S) -> None:
-        self._limit_s = limit_s
-        self._silent_s = dict.fromkeys(ranks, 0.0)
-
-    def heard(self, rank: int) -> None:
-        """A message of it is here."""
-        if rank in self._silent_s:
-            self._silent_s[rank] = 0.0
-
-    def passed(self, time_s: float) -> dict[int, float]:
-        """Time has passed since the last look for messages; returns the ranks that hang, with their silence in s.
-
-        Of a long time little counts: then it was this rank that stood still, and messages of the others wait.
-        """
-        for rank in self._silent_s:
-            self._silent_s[rank] += min(time_s, _COUNTED_S)
-        return {rank: silent_s for rank, silent_s in self._silent_s.items() if silent_s >= self._limit_s}
-
-
 class Together:
     """This rank's part.
 
     Args:
         ranks: All ranks.
-        hosts: Host of each.
         offset: Between this rank's clock and rank 0's.
         clock: This rank's.
         writer: Where rank 0 tells the launcher.
         on_stop: Called where another rank has failed and this one should end.
+        finals: Where rank 0 keeps the results that have come, as JSON.
     """
 
     def __init__(
         self,
         *,
         ranks: Ranks,
-        hosts: Sequence[str],
         offset: ClockOffset,
         clock: Clock,
         writer: EventWriter,
         on_stop: Callable[[], None],
+        finals: MutableMapping[int, str],
     ) -> None:
         self._ranks = ranks
-        self._hosts = hosts
         self._offset_ns = offset.offset_ns
         self._clock = clock
         self._writer = writer
@@ -144,30 +104,16 @@ class Together:
         self._meeting = 0
         self._agreed: dict[int, asyncio.Future[Meeting]] = {}
         self._votes: dict[int, dict[int, bool]] = {}
-        self._finals: dict[int, str] = {}
+        self._finals = finals
         self._stopping = False
         self._over = asyncio.Event()
-        others = range(1, ranks.size) if ranks.rank == 0 else (0,)
-        self._silence = Silence(others)
 
     async def run(self) -> None:
-        """Carry messages until the run is over for all ranks; ends all of them where one hangs."""
-        looked_ns = beat_ns = self._clock.now_ns()
+        """Carry messages until the run is over for all ranks."""
         while not self._over.is_set():
             await self._clock.sleep_until(self._clock.now_ns() + POLL_NS)
             for source, message in self._ranks.arrived():
-                self._silence.heard(source)
                 self._take(source, message)
-            now_ns = self._clock.now_ns()
-            hung = self._silence.passed((now_ns - looked_ns) / NS)
-            looked_ns = now_ns
-            if hung and not self._over.is_set():
-                self._give_up(hung)
-            if now_ns >= beat_ns:
-                beat_ns = now_ns + BEAT_NS
-                self._to_others(_Beat())
-                if self._ranks.rank == 0 and self._ranks.size > 1:
-                    self._writer.send(Alive())
 
     async def meet(self, vote: bool) -> Meeting:
         """Return when all ranks that still play are here; see `Meet`."""
@@ -197,8 +143,8 @@ class Together:
             self._ranks.post(message, 0)
 
     def _to_others(self, message: object) -> None:
-        """From rank 0 to all, from another to rank 0."""
-        for other in range(1, self._ranks.size) if self._ranks.rank == 0 else (0,):
+        """From rank 0 to all; the others have nothing to tell each other."""
+        for other in range(1, self._ranks.size) if self._ranks.rank == 0 else ():
             self._ranks.post(message, other)
 
     def _take(self, source: int, message: object) -> None:
@@ -241,15 +187,3 @@ class Together:
         if waiting is not None and not waiting.done():
             moment_ns = agreed.moment_ns - self._offset_ns
             waiting.set_result(Meeting(everyone=agreed.everyone, moment_ns=moment_ns))
-
-    def _give_up(self, hung: dict[int, float]) -> None:
-        """Say which ranks hang, keep what is complete, and end all."""
-        self._writer.speak()
-        for result in self._finals.values():
-            self._writer.line(f'{{"type":"snapshot","result":{result}}}')
-        silent = (
-            SilentRank(rank=rank, host=self._hosts[rank], silent_s=round(silent_s, 1))
-            for rank, silent_s in hung.items()
-        )
-        self._writer.send(Silent(ranks=tuple(silent)))
-        self._ranks.abort(int(EXIT_CODE.TIMEOUT))

@@ -1,7 +1,9 @@
 """The command that starts a planned run."""
 
 import os
+import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping
 
@@ -46,8 +48,13 @@ def rank_command(
     program += rank_arguments(spec)
     if run_id is not None:
         program += ["--run-id", run_id]
-    if not layout.uses_mpi:
-        return program
+    return _launched(spec, layout, program, dialect, handed) if layout.uses_mpi else program
+
+
+def _launched(
+    spec: KVCacheSpec, layout: Layout, program: list[str], dialect: Dialect, handed: Mapping[str, str] | None
+) -> list[str]:
+    """The argv of the launcher that starts a program as often as there are ranks, where they would run."""
     return mpi_command(
         mpi_bin=spec.mpi_bin,
         num_processes=layout.ranks,
@@ -59,6 +66,26 @@ def rank_command(
         dialect=dialect,
         environment=handed,
     )
+
+
+_LACKS = "import importlib.util as u, os, sys; s = u.find_spec(sys.argv[1]); n = os.uname().nodename + chr(10)\n"
+_LACKS += "os.write(1, b'' if s is not None and s.origin else ('lacks ' + n).encode())"
+"""A program that tells its host's name where a package is missing, or is an empty directory."""
+
+_LACKS_LIMIT_S = 15.0
+
+
+def hosts_without(package: str, spec: KVCacheSpec, layout: Layout, dialect: Dialect) -> list[str]:
+    """The hosts of a run whose Python lacks a package; none where that cannot be found out."""
+    program = [sys.executable, "-c", _LACKS, package]
+    command = _launched(spec, layout, program, dialect, None)
+    try:
+        asked = subprocess.run(
+            command, env=rank_environment(), capture_output=True, text=True, timeout=_LACKS_LIMIT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return sorted(set(re.findall(r"^lacks (\S+)$", asked.stdout, re.MULTILINE)))
 
 
 def handed_environment(mpi_bin: str, dialect: Dialect) -> dict[str, str]:

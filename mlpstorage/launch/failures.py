@@ -21,6 +21,23 @@ class Rank:
     pid: int
 
 
+class MissingPackageError(ConfigurationError):
+    """A host lacks a Python package. Python says which package, and nobody says which host; `hosts` are to be found.
+
+    Args:
+        package: Its name.
+        hosts: Those without it; none while unknown.
+    """
+
+    def __init__(self, package: str, hosts: Sequence[str] = ()) -> None:
+        where = f"host {', '.join(hosts)} has" if hosts else "a host has"
+        super().__init__(
+            f"{where} no Python package {package}; no rank has begun. Install the same mlpstorage with its extra "
+            '"mpi" at the same path on every host'
+        )
+        self.package = package
+
+
 def start_failure(text: str) -> MLPStorageError | None:
     """Why ranks cannot be started, from what launcher and ssh have said; None where that tells nothing."""
     for pattern, error in _START_FAILURES:
@@ -54,6 +71,17 @@ def death(text: str, ranks: Mapping[int, Rank], named: Sequence[str] = ()) -> st
     return f"{who} was killed by {_signal_text(code)}"
 
 
+def lost_peer(text: str, ranks: Mapping[int, Rank]) -> str:
+    """Which ranks may have died, where a rank of Open MPI 5 found a connection closed before its launcher knew why."""
+    found = _OPEN_MPI_PEER.search(text)
+    there = sorted(number for number, rank in ranks.items() if found is not None and rank.host == found["host"])
+    if found is None or not there:
+        hosts = ", ".join(dict.fromkeys(rank.host for rank in ranks.values()))
+        return f"a rank on one of {hosts} has died: another rank lost its connection to it"
+    return f"rank {' or '.join(map(str, there))} on {found['host']} has died: another rank lost its connection to it"
+
+
+_OPEN_MPI_PEER = re.compile(r"Local PID: +\d+\s+Peer host: +(?P<host>\S+)")
 _OPEN_MPI_SIGNAL = re.compile(
     r"process rank (?P<rank>\d+) with PID \d+ on node (?P<host>\S+) exited on\s+signal (?P<signal>\d+)"
 )
@@ -83,11 +111,7 @@ def _no_program(found: re.Match[str]) -> MLPStorageError:
 
 
 def _no_module(found: re.Match[str]) -> MLPStorageError:
-    module = found["module"].split(".")[0].strip("'")
-    return ConfigurationError(
-        f"{found['program']} of a host has no Python package {module}; no rank has begun. Install the same "
-        'mlpstorage with its extra "mpi" at the same path on every host'
-    )
+    return MissingPackageError(found["module"].split(".")[0])
 
 
 def _no_daemon(found: re.Match[str]) -> MLPStorageError:
@@ -119,6 +143,7 @@ _START_FAILURES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], MLPStora
     (_told(r"^(?:\S+@)?(?P<host>\S+): (?P<why>Permission denied \(.+)$"), _denied),
     (_told(r"Executable: (?P<program>\S+)\s+Node: (?P<host>\S+)"), _no_program),
     (_told(r"\[proxy:\d+@(?P<host>\S+)\] .*execvp error on file (?P<program>\S+) \("), _no_program),
-    (_told(r"^(?P<program>\S+): No module named (?P<module>\S+?);?(?: |$)"), _no_module),
+    (_told(r"^\S+: No module named '?(?P<module>[\w.]+)"), _no_module),
+    (_told(r"cannot import name '\S+' from '(?P<module>[\w.]+)' \(unknown location\)"), _no_module),
     (_told(r"(?P<program>prted|orted|hydra_pmi_proxy): [\s\S]*Remote host:\s+(?P<host>\S+)"), _no_daemon),
 )

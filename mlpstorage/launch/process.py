@@ -14,13 +14,13 @@ from types import FrameType
 
 from mlpstorage.errors import AccessError, MissingFileError
 
-INTERRUPT_GRACE_S = 4.0
+INTERRUPT_GRACE_S = 3.5
 """Time between passing on Ctrl-C or SIGTERM and killing what is left of the job."""
 
 _LOOK_EVERY_S = 0.25
 """How often it is asked whether the job must end."""
 
-_ABANDON_S = 1.0
+_ABANDON_S = 0.5
 """A job that was killed is listened to so long: a process on another host may hold the pipe still."""
 
 _CHUNK_BYTES = 1 << 16

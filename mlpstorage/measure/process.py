@@ -1,6 +1,8 @@
 """Processor time of this process, and how long it had to wait for processors."""
 
+import contextlib
 import resource
+from collections.abc import Collection
 from pathlib import Path
 
 from mlpstorage.measure.clock import NS
@@ -29,6 +31,23 @@ def thread_waits_ns(tasks: Path = Path("/proc/self/task")) -> dict[int, int] | N
     except OSError:
         return None
     return waits_ns if ran_ns else None
+
+
+def thread_activity(leave_out: Collection[int] = (), tasks: Path = Path("/proc/self/task")) -> object:
+    """What the kernel has counted of each thread of this process, but for some; it changes whenever one of them runs.
+
+    None where the kernel keeps no `schedstat`. A thread that waits in a system call, for a device or a server, does not
+    run; one that is ready to run and waits for a processor counts as if it did.
+    """
+    counted: dict[str, bytes] = {}
+    try:
+        for task in tasks.iterdir():
+            if int(task.name) not in leave_out:
+                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                    counted[task.name] = (task / "schedstat").read_bytes()
+    except OSError:
+        return None
+    return counted if any(text.strip() not in {b"", b"0 0 0"} for text in counted.values()) else None
 
 
 def waited_s(before: dict[int, int] | None, after: dict[int, int] | None) -> float | None:

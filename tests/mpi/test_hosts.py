@@ -1,9 +1,11 @@
 """Runs over two hosts without a common file system, started by each MPI launcher, and what ends such runs."""
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -11,19 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pydantic
 import pytest
 
 from mlpstorage.launch.mpi import Dialect
 from tests.mpi.hosts import NETWORK, NODES, UNKNOWN, Hosts, UnavailableError, eventually, running
 from tests.mpi.launchers import Launcher, launcher
 from tests.mpi.launchers import UnavailableError as NoLauncherError
+from tests.trace_files import mooncake
 
 BIN = Path(sys.executable).parent
 BOUND_S = 30.0
 """In so many seconds a run that fails must have ended, by the issue."""
 
 TINY = shlex.split(
-    "--model tiny-1b --num-users 2 --generation-mode none --gpu-mem-gb 0 --cpu-mem-gb 0.02 --storage-gb 0.1 "
+    "--num-users 2 --generation-mode none --gpu-mem-gb 0 --cpu-mem-gb 0.02 --storage-gb 0.1 "
     "--block-tokens 64 --warmup 0.2"
 )
 
@@ -40,7 +45,8 @@ class Cluster:
         """The words of a run of four ranks."""
         where = ["--hosts", *nodes.split(), "--num-processes", str(ranks), "--mpi-bin", str(self.launcher.path)]
         where += ["--results-dir", str(self.results), "--cache-dir", str(self.hosts.place / "cache")]
-        return [str(BIN / "mlpstorage"), "kvcache", "run", *where, *TINY, *words]
+        model = [] if "--model-config" in words else ["--model", "tiny-1b"]
+        return [str(BIN / "mlpstorage"), "kvcache", "run", *where, *model, *TINY, *words]
 
     def environment(self) -> dict[str, str]:
         """That of the launching host."""
@@ -52,15 +58,19 @@ class Cluster:
         command = self.command("--allow-run-as-root", *words, nodes=nodes, ranks=ranks)
         return self.hosts.start(command, self.environment())
 
-    def playing(self) -> "subprocess.Popen[str]":
+    def playing(self, *words: str) -> "subprocess.Popen[str]":
         """Start a long run; returns when all ranks play."""
-        process = self.start("--duration", "600")
+        process = self.start(*(words or ("--duration", "600")))
         eventually(lambda: self._told() or process.poll() is not None, "the ranks play")
         assert process.poll() is None, process.communicate()
         return process
 
     def _told(self) -> bool:
-        return any(path.stat().st_size for path in self.results.glob("kv_cache/*/run/*/timeseries.jsonl"))
+        return bool(self.series())
+
+    def series(self) -> str:
+        """The time series of the only run, as far as it is written."""
+        return "".join(path.read_text() for path in self.results.glob("kv_cache/*/run/*/timeseries.jsonl"))
 
     def run_directory(self) -> Path:
         """The only result directory."""
@@ -136,6 +146,31 @@ def test_four_ranks_on_two_hosts(cluster: Cluster) -> None:
     assert not cluster.hosts.survivors()
 
 
+@only(Dialect.OPEN_MPI_5)
+def test_two_hosts_share_a_directory(cluster: Cluster, tmp_path: Path) -> None:
+    """A directory of both hosts, one cache in it: each rank finds blocks that the other one, elsewhere, has written."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for host in cluster.hosts.nodes.values():
+        # Only the hosts' own `place` is hidden from each other.
+        assert host.path(shared).samefile(shared)
+    turns = [[0, *range(100 * session, 100 * session + turn)] for turn in range(1, 6) for session in (1, 2, 3)]
+    rows = [(150 * number, 512 * len(chain) + 1, [*chain, 9_000 + number]) for number, chain in enumerate(turns)]
+    trace = mooncake(tmp_path / "trace.jsonl", rows)
+    words = f"--trace {trace} --block-tokens 512 --duration 60 --warmup 0 --cpu-mem-gb 0 --storage-gb 2"
+    words += f" --cache-scope shared --placement round-robin --cache-dir {shared}"
+    process = cluster.start(*words.split(), ranks=2)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    summary = json.loads((cluster.run_directory() / "summary.json").read_text())
+    assert sorted((host["host"], host["ranks"]) for host in summary["hosts"]) == [("nodea", 1), ("nodeb", 1)]
+    # Of neighbouring turns of a session, three requests apart, one is played on each host.
+    assert 0 < summary["hit_ratio"]["blocks"]["cross_rank"] <= summary["hit_ratio"]["blocks"]["storage"] <= 1
+    assert summary["requests"]["completed"] == len(turns)
+    assert summary["storage_total"]["io_errors"] == summary["storage_total"]["verify_errors"] == 0
+    assert not [path for path in shared.rglob("*") if path.is_file()]
+
+
 def no_cache_file(cluster: Cluster) -> bool:
     """Whether no host has a file in the cache directory."""
     caches = [host.path(cluster.hosts.place / "cache") for host in cluster.hosts.nodes.values()]
@@ -148,8 +183,7 @@ def test_interrupt_ends_every_rank(cluster: Cluster) -> None:
     process = cluster.playing()
     (command,) = (one for one in cluster.hosts.launcher.processes() if "kvcache" in one.cmdline())
     command.terminate()
-    # The issue says 5 seconds; a machine that is busy with other tests gets some more.
-    _, stderr = process.communicate(timeout=8)
+    _, stderr = process.communicate(timeout=5)
     assert process.returncode == 130, stderr
     eventually(lambda: not cluster.hosts.survivors(), "no process is left on any host")
     assert cluster.metadata()["status"] == "interrupted"
@@ -165,11 +199,90 @@ def test_a_killed_rank_is_named(cluster: Cluster) -> None:
     told = failed(process, cluster, 6)
     named = r"rank [0-3] on nodeb was killed by signal 9"
     if cluster.launcher.dialect is Dialect.OPEN_MPI_5:
-        named += "|a rank on one of nodea, nodeb has died"
+        named += r"|rank [0-3] or [0-3] on nodeb has died|a rank on one of nodea, nodeb has died"
     assert re.search(named, told), told
 
 
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 256,
+    "vocab_size": 1000,
+}
+
+
+def waiting_for_a_file(cluster: Cluster) -> "subprocess.Popen[str]":
+    """Start a run whose model file is a pipe that nobody writes to on nodeb; returns when a rank waits for it."""
+    model = cluster.hosts.place / "model.json"
+    model.write_text(json.dumps(MODEL))
+    for name, host in cluster.hosts.nodes.items():
+        there = host.path(model)
+        there.unlink(missing_ok=True)
+        if name == "nodeb":
+            os.mkfifo(there)
+        else:
+            there.write_bytes(model.read_bytes())
+    process = cluster.start("--model-config", str(model), "--duration", "20")
+    ranks = cluster.hosts.nodes["nodeb"].ranks
+    eventually(lambda: any(map(opens_a_pipe, ranks())) or process.poll() is not None, "a rank waits for the file")
+    assert process.poll() is None, process.communicate()
+    return process
+
+
+def opens_a_pipe(rank: psutil.Process) -> bool:
+    """Whether the process waits in the kernel for the other end of a pipe."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{rank.pid}/wchan").read_text() == "wait_for_partner"
+    return False
+
+
+@only(Dialect.MPICH)
+def test_a_rank_whose_storage_hangs_before_the_run_is_named(cluster: Cluster) -> None:
+    """Two ranks wait for ever for a file of their host: the others, which wait for them, are not taken to hang."""
+    told = failed(waiting_for_a_file(cluster), cluster, 7)
+    assert re.search(r"error: rank [0-3] on nodeb(, rank [0-3] on nodeb)?: nothing has gone on there for", told), told
+
+
 @only(Dialect.OPEN_MPI_4)
+def test_a_rank_that_is_stopped_before_the_run_is_named(cluster: Cluster) -> None:
+    """SIGSTOP of a rank that waits for another, which is still preparing."""
+    process = waiting_for_a_file(cluster)
+    cluster.hosts.nodes["nodea"].ranks()[-1].suspend()
+    told = failed(process, cluster, 7)
+    assert re.search(r"error: rank [0-3] on nodea: not heard of for 1\d s", told), told
+
+
+@only(Dialect.OPEN_MPI_5)
+def test_a_rank_that_is_stopped_while_it_cleans_up_is_named(cluster: Cluster) -> None:
+    """SIGSTOP of a rank at the first directory that it removes: the run fails, its results are there and whole."""
+    if shutil.which("strace") is None:
+        pytest.skip("stopping a rank at a system call needs strace: apt-get install strace")
+    process = cluster.playing("--duration", "8")
+    # Of the window enough is over for results: a tracer slows down the rank.
+    eventually(lambda: '"t_s":4' in cluster.series() or process.poll() is not None, "half of the window is over")
+    stopped = cluster.hosts.nodes["nodeb"].ranks()[0].pid
+    inject = ["--follow-forks", f"--attach={stopped}", "--trace=rmdir,unlinkat", "--output=/dev/null"]
+    tracer = subprocess.Popen([shutil.which("strace") or "", *inject, "--inject=rmdir,unlinkat:signal=SIGSTOP:when=1"])
+    try:
+        told = failed(process, cluster, 7)
+    finally:
+        tracer.terminate()
+        tracer.wait(60)
+    assert re.search(r"error: rank [0-3] on nodeb: not heard of for 1\d s.*results are whole", told), told
+    summary = json.loads((cluster.run_directory() / "summary.json").read_text())
+    assert summary["status"] == "complete"
+    assert all(rank["storage_total"]["write_ops"] > 0 for rank in ranks_of(cluster))
+
+
+def ranks_of(cluster: Cluster) -> list[dict[str, Any]]:
+    """The rank files of the only run."""
+    return [json.loads((cluster.run_directory() / "ranks" / f"rank_{number}.json").read_text()) for number in range(4)]
+
+
+@only(Dialect.MPICH)
 def test_a_stopped_rank_is_named(cluster: Cluster) -> None:
     """SIGSTOP of a rank: the others notice that it is silent, and all end, the stopped one too."""
     process = cluster.playing()
@@ -180,9 +293,9 @@ def test_a_stopped_rank_is_named(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize(
     ("cluster", "name"),
-    [(Dialect.OPEN_MPI_5, "nodea"), (Dialect.MPICH, "nodeb")],
+    [(Dialect.OPEN_MPI_5, "nodea"), (Dialect.OPEN_MPI_4, "nodeb")],
     indirect=["cluster"],
-    ids=["open_mpi_5-nodea", "mpich-nodeb"],
+    ids=["open_mpi_5-nodea", "open_mpi_4-nodeb"],
 )
 def test_a_lost_network_is_noticed(cluster: Cluster, name: str) -> None:
     """The link of a host goes down: the run fails and names a host, and the ranks of the host itself end too."""
@@ -233,15 +346,23 @@ def test_a_missing_interpreter_is_named(cluster: Cluster, masked: Callable[[Path
 
 
 def test_a_missing_package_is_named(cluster: Cluster, masked: Callable[[Path, str], None]) -> None:
-    """One host has no mpi4py: the run fails, names the package and says how to install it."""
+    """One host has no mpi4py: the run fails, names the host and the package and says how to install it."""
     import mpi4py  # noqa: PLC0415 - an optional package
 
     masked(Path(mpi4py.__path__[0]), "mkdir $made")
     told = failed(cluster.start("--duration", "2"), cluster, 5)
-    assert "no Python package mpi4py" in told
+    assert "error: host nodeb has no Python package mpi4py" in told
 
 
-@only(Dialect.OPEN_MPI_5)
+@only(Dialect.OPEN_MPI_4)
+def test_a_missing_package_of_ours_is_named(cluster: Cluster, masked: Callable[[Path, str], None]) -> None:
+    """One host has mpi4py, but not what mlpstorage needs: found only when a rank imports it."""
+    masked(Path(pydantic.__path__[0]), "mkdir $made")
+    told = failed(cluster.start("--duration", "2"), cluster, 5)
+    assert "error: host nodeb has no Python package pydantic" in told
+
+
+@only(Dialect.OPEN_MPI_4, Dialect.MPICH)
 def test_another_version_is_named(cluster: Cluster, masked: Callable[[Path, str], None]) -> None:
     """One host has another version: nothing begins, and the error names rank, host and both versions."""
     import mlpstorage  # noqa: PLC0415 - its file is needed
@@ -251,7 +372,7 @@ def test_another_version_is_named(cluster: Cluster, masked: Callable[[Path, str]
     assert re.search(rf"rank \d on nodeb has mlpstorage 0\.0\.1, rank 0 on nodea has {mlpstorage.__version__}", told)
 
 
-@only(Dialect.OPEN_MPI_4)
+@only(Dialect.OPEN_MPI_5, Dialect.OPEN_MPI_4)
 def test_a_host_without_room_is_named(cluster: Cluster, masked: Callable[[Path, str], None]) -> None:
     """The cache directory of one host is too small: nothing begins, the error names rank, host and both sizes."""
     cache = cluster.hosts.nodes["nodeb"].path(cluster.hosts.place / "cache")
@@ -261,7 +382,7 @@ def test_a_host_without_room_is_named(cluster: Cluster, masked: Callable[[Path, 
     assert re.search(r"rank \d on nodeb: not enough space: the plan needs .* free", told), told
 
 
-@only(Dialect.MPICH)
+@only(Dialect.OPEN_MPI_5, Dialect.MPICH)
 def test_a_host_that_cannot_write_is_named(cluster: Cluster, masked: Callable[[Path, str], None]) -> None:
     """The cache directory of one host is mounted read-only: nothing begins, the error names rank and host."""
     cache = cluster.hosts.nodes["nodeb"].path(cluster.hosts.place / "cache")
@@ -287,7 +408,6 @@ def test_root_is_told_the_flag(cluster: Cluster) -> None:
     assert "--allow-run-as-root" in refused(cluster, cluster.command(), cluster.environment(), 5)
 
 
-@only(Dialect.MPICH)
 def test_more_ranks_than_slots_are_refused(cluster: Cluster) -> None:
     """Slots are respected whatever the launcher would do; the error names the flag that lifts the limit."""
     nodes = " ".join(f"{address}:1" for address in NODES.values())

@@ -23,6 +23,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.parametrize("named", ["path", "word"])
+def test_without_a_launcher_nothing_starts(cli: Cli, named: str) -> None:
+    """Exit code 3, what to install or which flag to give, an invocation recorded as failed, and no directory."""
+    missing = str(cli.place / "nowhere" / "mpirun") if named == "path" else "no-such-mpirun"
+    ended = cli.run(*cli.load("--num-processes", "2", "--mpi-bin", missing, "--cache-dir", cli.cache))
+    assert ended.returncode == 3
+    assert f"--mpi-bin {missing}" in ended.stderr
+    assert 'pip install "mlpstorage[mpi]"' in ended.stderr
+    assert not cli.runs()
+    assert not cli.cache.exists()
+    (shown,) = cli.history()
+    assert (shown["status"], shown["exit_code"]) == ("failed", 3)
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> Iterator[Cli]:
     """The command, in the test's own directory."""

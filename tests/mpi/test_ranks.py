@@ -42,7 +42,8 @@ def two_ranks(place: Path, *flags: str | Path) -> tuple[Path, dict[str, Any]]:
 def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run of synthetic users on files."""
     place = tmp_path_factory.mktemp("ranks")
-    flags = ["--duration", "2", "--warmup", "0.2", "--cpu-mem-gb", "0.02", "--block-tokens", "64"]
+    # Runs of other tests may take the processors meanwhile: in 2 s there would at times be no answer.
+    flags = ["--duration", "6", "--warmup", "0.2", "--cpu-mem-gb", "0.02", "--block-tokens", "64"]
     found = two_ranks(place, *flags, "--cache-dir", place / "cache")
     assert not list(place.glob("cache/**/*"))
     return found

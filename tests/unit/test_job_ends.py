@@ -84,3 +84,11 @@ def test_a_lost_connection_names_the_hosts(new_job: Callable[[str], Job]) -> Non
     job.line(started(__version__))
     job.close()
     assert "a rank on one of nodea, nodeb has died" in str(job.failure(14))
+
+
+def test_a_lost_connection_names_the_peer(new_job: Callable[[str], Job]) -> None:
+    """Where Open MPI says whose connection was lost, its host is named, and the ranks that it runs."""
+    job = new_job("  Local host: nodea\n  Local PID:  27\n  Peer host:  nodeb\n----\n")
+    job.line(started(__version__))
+    job.close()
+    assert "rank 1 on nodeb has died" in str(job.failure(14))

@@ -3,7 +3,7 @@
 import pytest
 
 from mlpstorage.errors import AccessError, ConfigurationError, MissingFileError, MLPStorageError, RunError
-from mlpstorage.launch.failures import Rank, death, start_failure
+from mlpstorage.launch.failures import MissingPackageError, Rank, death, start_failure
 
 OPEN_MPI_4_NO_PROGRAM = """\
 mpirun was unable to launch the specified application as it could not access
@@ -54,10 +54,10 @@ RANKS = {number: Rank(rank=number, host=host, pid=30 + number) for number, host 
         (OPEN_MPI_5_NO_PROGRAM, MissingFileError, "host nodeb has no /opt/venv/bin/python"),
         (MPICH_NO_PROGRAM, MissingFileError, "host nodeb has no /opt/venv/bin/python"),
         (OPEN_MPI_5_NO_DAEMON, MissingFileError, "host nodeb has no prted"),
-        ("/opt/venv/bin/python: No module named mpi4py\n", ConfigurationError, "no Python package mpi4py"),
+        ("/opt/venv/bin/python: No module named mpi4py\n", MissingPackageError, "no Python package mpi4py"),
         (
             "/opt/venv/bin/python: No module named mpi4py.__main__; 'mpi4py' is a package and cannot be ...\n",
-            ConfigurationError,
+            MissingPackageError,
             "no Python package mpi4py",
         ),
         ("mpirun has detected an attempt to run as root.\n", ConfigurationError, "--allow-run-as-root"),

@@ -1,27 +1,23 @@
-"""What ranks do together, on virtual time: agreed moments, reports, silence, and the common end."""
+"""What ranks do together, on virtual time: agreed moments, reports, and the common end."""
 
 import asyncio
 import io
 import json
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpstorage.kvcache.events import Alive, EventWriter, Silent, parse_event
+from mlpstorage.kvcache.events import EventWriter
 from mlpstorage.kvcache.ranks import Alone, ClockOffset
-from mlpstorage.kvcache.together import SILENCE_S, Meeting, Silence, Together
+from mlpstorage.kvcache.together import Meeting, Together
 from mlpstorage.measure.clock import NS
-from mlpstorage.testing.virtual import VirtualClock, VirtualLoop, run_virtual
-from tests.wire import AbortedError, ShiftedClock, Wire, WiredRank
+from mlpstorage.testing.virtual import VirtualClock, run_virtual
+from tests.wire import ShiftedClock, Wire, WiredRank
 
 MS = NS // 1000
-
-
-ALIVE = Alive().model_dump_json()
 
 
 class Crew:
@@ -43,29 +39,22 @@ class Crew:
             sys.stdout = stdout
         return Together(
             ranks=end,
-            hosts=[f"h{rank}" for rank in range(end.size)],
             offset=ClockOffset(offset_ns=-self.clocks[number].ahead_ns, error_ns=0),
             clock=self.clocks[number],
             writer=writer,
             on_stop=lambda: self.stopped.append(number),
+            finals={},
         )
 
     @property
     def lines(self) -> list[str]:
-        """What was told the launcher, but for the signs of life of rank 0."""
-        return [line for line in self.told if line != ALIVE]
-
-    @property
-    def told(self) -> list[str]:
-        """All that was told the launcher."""
+        """What was told the launcher."""
         return self.output.getvalue().splitlines()
 
 
-async def carried(crew: Crew, *works: Any, still: Sequence[int] = ()) -> list[Any]:  # noqa: ANN401 - coroutines
-    """What comes of works while the ranks, but for those that stand still, carry messages."""
-    carrying: set[asyncio.Future[Any]] = {
-        asyncio.create_task(one.run()) for number, one in enumerate(crew.ranks) if number not in still
-    }
+async def carried(crew: Crew, *works: Any) -> list[Any]:  # noqa: ANN401 - coroutines
+    """What comes of works while the ranks carry messages."""
+    carrying: set[asyncio.Future[Any]] = {asyncio.create_task(one.run()) for one in crew.ranks}
     working = asyncio.gather(*works)
     waiting = {working, *carrying}
     try:
@@ -136,7 +125,7 @@ def test_a_rank_that_has_finished_is_not_waited_for() -> None:
 
 
 def test_results_come_to_rank_0_in_rank_order_when_all_are_there() -> None:
-    """However late a rank is (it drains, and says that it lives), the others wait for it; only rank 0 gets results."""
+    """However late a rank is (it drains), the others wait for it; only rank 0 gets results."""
 
     async def story() -> None:
         crew = Crew(0, 0, 0)
@@ -168,18 +157,6 @@ def test_what_a_rank_tells_comes_out_at_rank_0_in_its_order() -> None:
     run_virtual(story())
 
 
-def test_rank_0_lets_the_launcher_hear_of_it_whatever_else_there_is_to_tell() -> None:
-    """A rank drains for 40 s and tells nothing: the launcher hears of the job every second, 40 times or once more."""
-
-    async def story() -> None:
-        crew = Crew(0, 0)
-        first, second = crew.ranks
-        await carried(crew, first.finish("{}", failed=False), after(40.0, second.finish("{}", failed=False)))
-        assert 38 <= crew.told.count(ALIVE) <= 42
-
-    run_virtual(story(), limit_s=100)
-
-
 def test_a_failed_rank_stops_all_others_once() -> None:
     """Who fails has finished; the others are asked to end, and do so in their own way."""
 
@@ -195,70 +172,17 @@ def test_a_failed_rank_stops_all_others_once() -> None:
     run_virtual(story())
 
 
-@pytest.mark.parametrize("hung", [0, 1, 2])
-def test_a_rank_that_stands_still_is_named_and_all_are_ended(hung: int) -> None:
-    """Within 17 s, with exit code 7, by rank 0; one of the others does it where rank 0 itself hangs."""
-
-    async def story() -> None:
-        crew = Crew(0, 0, 0)
-        with pytest.raises(AbortedError):
-            await carried(
-                crew, *(one.meet(True) for number, one in enumerate(crew.ranks) if number != hung), still=[hung]
-            )
-        assert SILENCE_S * NS <= VirtualClock().now_ns() <= (SILENCE_S + 2) * NS
-        event = parse_event(crew.lines[-1].encode())
-        assert isinstance(event, Silent)
-        assert [(one.rank, one.host) for one in event.ranks] == [(hung, f"h{hung}")]
-        assert SILENCE_S <= event.ranks[0].silent_s <= SILENCE_S + 2
-        assert 7 in [end.aborted for end in crew.ends]
-
-    run_virtual(story())
-
-
-def test_complete_results_are_told_before_all_are_ended() -> None:
-    """Of a rank that had finished when another was found to hang, the final result is kept, not an older one."""
-
-    async def story() -> None:
-        crew = Crew(0, 0, 0)
-        with pytest.raises(AbortedError):
-            await carried(crew, crew.ranks[0].meet(True), crew.ranks[1].finish('{"of":1}', failed=False), still=[2])
-        *_, final, _ = crew.lines
-        assert json.loads(final) == {"type": "snapshot", "result": {"of": 1}}
-
-    run_virtual(story())
-
-
-def test_a_loop_that_is_late_is_not_dead_and_blames_nobody() -> None:
-    """All of this process stands still for a minute, which is more than the limit: no rank is taken to hang."""
-
-    async def story() -> None:
-        crew = Crew(0, 0)
-
-        async def held_up(one: Together) -> None:
-            await asyncio.sleep(3)
-            loop = asyncio.get_running_loop()
-            assert isinstance(loop, VirtualLoop)
-            loop.jump(60 * NS)
-            await asyncio.sleep(20)
-            await one.finish("{}", failed=False)
-
-        await carried(crew, held_up(crew.ranks[0]), after(90, crew.ranks[1].finish("{}", failed=False)))
-        assert [end.aborted for end in crew.ends] == [None, None]
-
-    run_virtual(story())
-
-
 def test_a_rank_alone_agrees_at_once() -> None:
     """No time passes until it begins, and its result comes back."""
 
     async def story() -> None:
         one = Together(
             ranks=Alone(),
-            hosts=["h"],
             offset=Alone().clock_offset(),
             clock=VirtualClock(),
             writer=EventWriter(speaks=False),
             on_stop=lambda: None,
+            finals={},
         )
         assert await one.meet(False) == Meeting(everyone=False, moment_ns=0)
         assert await one.finish('"mine"', failed=False) == ['"mine"']
@@ -269,17 +193,6 @@ def test_a_rank_alone_agrees_at_once() -> None:
         run_virtual(story())
     finally:
         sys.stdout = stdout
-
-
-def test_silence_counts_what_was_listened_to() -> None:
-    """0.5 s at a time count whole, a minute at once as one second; a message sets it back."""
-    silence = Silence([1, 2], limit_s=3.0)
-    assert silence.passed(0.5) == {}
-    assert silence.passed(60.0) == {}
-    silence.heard(2)
-    assert silence.passed(1.0) == {}
-    assert silence.passed(0.5) == {1: 3.0}
-    assert silence.passed(1.0) == {1: 4.0}
 
 
 @given(
