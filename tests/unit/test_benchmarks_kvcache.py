@@ -207,7 +207,6 @@ class TestConstructor:
         assert {name: source for name, source in sources.items() if source != "default"} == {
             "layout": "auto",
             "io_depth": "auto",
-            "io_threads": "auto",
             "block_tokens": "auto",
             "arrivals": "auto",
             "decisions": "auto",
