@@ -1,6 +1,6 @@
 """What a rank counts while it plays. Only what completes inside the measured window counts as measured."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from mlpstorage.config import Tier
@@ -40,37 +40,44 @@ class StorageTally:
     reads_gone: int = 0
     deletes_gone: int = 0
 
-    def add(self, done: OpDone, object_bytes: int, padding_bytes: int, *, shared: bool = False) -> None:
-        """Count one storage operation that was tried. Tries beyond the first count whatever became of it.
+    def add(
+        self, kind: OpKind, tried: Sequence[OpDone], object_bytes: int, padding_bytes: int, *, shared: bool = False
+    ) -> None:
+        """Count storage operations of one kind that were tried. Tries beyond the first count whatever became of them.
 
         What is `shared` other ranks may have deleted: that is no error.
         """
-        self.retries += done.retries
-        if done.error is not None:
-            self._add_failed(done, shared=shared)
-            return
-        match done.op.kind:
+        self.retries += sum([done.retries for done in tried])
+        succeeded = [done for done in tried if done.error is None]
+        if len(succeeded) < len(tried):
+            for done in tried:
+                if done.error is not None:
+                    self._add_failed(done, shared=shared)
+        count = len(succeeded)
+        match kind:
             case OpKind.READ:
-                self.read_ops += 1
-                self.read_bytes += object_bytes
-                self.padding_bytes += padding_bytes
-                self.verified_bytes += done.verified_bytes
-                if self.page_cache_bytes is not None:
+                self.read_ops += count
+                self.read_bytes += count * object_bytes
+                self.padding_bytes += count * padding_bytes
+                self.verified_bytes += sum([done.verified_bytes for done in succeeded])
+                for done in succeeded:
                     known = done.page_cache_bytes
-                    self.page_cache_bytes = None if known is None else self.page_cache_bytes + known
+                    if known is None or self.page_cache_bytes is None:
+                        self.page_cache_bytes = None
+                    else:
+                        self.page_cache_bytes += known
             case OpKind.WRITE:
-                self.write_ops += 1
-                self.written_bytes += object_bytes
-                self.padding_bytes += padding_bytes
+                self.write_ops += count
+                self.written_bytes += count * object_bytes
+                self.padding_bytes += count * padding_bytes
             case OpKind.DELETE:
-                self.delete_ops += 1
-                self.deleted_bytes += object_bytes
+                self.delete_ops += count
+                self.deleted_bytes += count * object_bytes
             case _:
-                self.sync_ops += 1
-        if done.direct is True:
-            self.direct_files += 1
-        elif done.direct is False:
-            self.buffered_files += 1
+                self.sync_ops += count
+        direct = [done.direct for done in succeeded]
+        self.direct_files += direct.count(True)
+        self.buffered_files += direct.count(False)
 
     def _add_failed(self, done: OpDone, *, shared: bool) -> None:
         if isinstance(done.error, VerifyError):
@@ -91,9 +98,11 @@ class TierTally:
     cpu: int = 0
     storage: int = 0
 
-    def add(self, tier: Tier, count: int) -> None:
-        """Add `count` to the tier's."""
-        setattr(self, tier.value, getattr(self, tier.value) + count)
+    def add(self, counted: Mapping[Tier, int]) -> None:
+        """Add each tier's count."""
+        self.gpu += counted[Tier.GPU]
+        self.cpu += counted[Tier.CPU]
+        self.storage += counted[Tier.STORAGE]
 
 
 @dataclass(slots=True)
@@ -212,27 +221,31 @@ class Recorder:
         """Length of the window as far as it is over at `at_ns`."""
         return max(min(self._end_ns, at_ns) - self._start_ns, 0)
 
-    def operations(self, finished: Iterable[OpDone]) -> None:
+    def operations(self, finished: Sequence[OpDone]) -> None:
         """Count finished operations of the I/O engine. Those that were never tried do not count."""
-        for done in finished:
-            if done.error is not None:
-                if isinstance(done.error, OperationSkippedError):
-                    continue
-                if isinstance(done.error, VerifyError):
-                    self.verify_failures += 1
-                    if len(self.failures) < FAILURES_KEPT:
-                        self.failures.append(str(done.error))
-            inside = self.inside(done.end_ns)
-            latency = _LATENCY_OF.get(done.op.kind)
-            if latency is not None:
-                self.total.add(done, self._object_bytes, self._padding_bytes, shared=self._shared)
-                if inside:
-                    self.window.add(done, self._object_bytes, self._padding_bytes, shared=self._shared)
-            if inside:
-                self.payload_ns += done.payload_ns
-                self.latency["queue_wait"].record(done.start_ns - done.queued_ns)
-                if latency is not None and done.error is None:
-                    self.latency[latency].record(done.end_ns - done.start_ns)
+        tried = finished
+        if any(done.error is not None for done in finished):
+            tried = [done for done in finished if not isinstance(done.error, OperationSkippedError)]
+            self._keep_wrong(tried)
+        start_ns, end_ns = self._start_ns, self._end_ns
+        inside = [done for done in tried if start_ns <= done.end_ns < end_ns]
+        self.payload_ns += sum([done.payload_ns for done in inside])
+        self.latency["queue_wait"].record_all([done.start_ns - done.queued_ns for done in inside])
+        for kind in {done.op.kind for done in tried}.intersection(_LATENCY_OF):
+            self.total.add(kind, _of(kind, tried), self._object_bytes, self._padding_bytes, shared=self._shared)
+            measured = _of(kind, inside)
+            self.window.add(kind, measured, self._object_bytes, self._padding_bytes, shared=self._shared)
+            self.latency[_LATENCY_OF[kind]].record_all(
+                [done.end_ns - done.start_ns for done in measured if done.error is None]
+            )
+
+    def _keep_wrong(self, tried: Iterable[OpDone]) -> None:
+        """Count reads that did not get what had been written."""
+        for done in tried:
+            if isinstance(done.error, VerifyError):
+                self.verify_failures += 1
+                if len(self.failures) < FAILURES_KEPT:
+                    self.failures.append(str(done.error))
 
     def looked_for(self, start_ns: int, end_ns: int, objects: int) -> None:
         """Count a check which of so many objects another rank has written."""
@@ -245,6 +258,11 @@ class Recorder:
         """Count a latency that ended at `end_ns`."""
         if self.inside(end_ns):
             self.latency[latency].record(end_ns - start_ns)
+
+    def took_each(self, latency: str, spans_ns: Iterable[tuple[int, int]]) -> None:
+        """Count latencies of one kind, each from its begin to its end."""
+        first_ns, last_ns = self._start_ns, self._end_ns
+        self.latency[latency].record_all([end - start for start, end in spans_ns if first_ns <= end < last_ns])
 
     def answered(self, request: Answered) -> None:
         """Count a request that was answered."""
@@ -303,9 +321,13 @@ class Recorder:
         tally.prompt_blocks += request.prompt_blocks
         tally.cross_rank_tokens += request.cross_rank_tokens
         tally.cross_rank_blocks += request.cross_rank_blocks
-        for tier in Tier:
-            tally.cached_tokens.add(tier, request.cached_tokens[tier])
-            tally.hit_blocks.add(tier, request.hit_blocks[tier])
+        tally.cached_tokens.add(request.cached_tokens)
+        tally.hit_blocks.add(request.hit_blocks)
+
+
+def _of(kind: OpKind, finished: Sequence[OpDone]) -> Sequence[OpDone]:
+    """The operations of one kind."""
+    return [done for done in finished if done.op.kind is kind]
 
 
 def counts(tally: StorageTally | RequestTally | TtftTally) -> dict[str, object]:

@@ -292,5 +292,4 @@ class WriteQueue:
         self._rate.end(len(queued_ns), len(written_ns))
         self._gate.leave(len(queued_ns))
         self.dropped(len(queued_ns) - len(written_ns))
-        for block_id, ended_ns in written_ns.items():
-            self._recorder.took("write_behind", queued_ns[block_id], ended_ns)
+        self._recorder.took_each("write_behind", [(queued_ns[one], ended_ns) for one, ended_ns in written_ns.items()])

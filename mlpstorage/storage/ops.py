@@ -31,18 +31,22 @@ class Lane(enum.IntEnum):
     STORE = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Op:
-    """One operation on one object; `slot` is the arena slot (of the object's block) of a copy."""
+    """One operation on one object; `slot` is the arena slot (of the object's block) of a copy.
+
+    Nobody changes one. It is not frozen, since making it would take three times as long, as with `OpDone`: there are
+    two for every object that is moved.
+    """
 
     kind: OpKind
     object_id: int
     slot: int = -1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class OpDone:
-    """What became of an operation. Times are of `time.perf_counter_ns`, but for `payload_ns`.
+    """What became of an operation; nobody changes it. Times are of `time.perf_counter_ns`, but for `payload_ns`.
 
     Attributes:
         op: The operation.

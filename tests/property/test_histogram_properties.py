@@ -56,6 +56,22 @@ def test_percentiles_are_the_nearest_rank_to_a_bucket(samples: list[int], thousa
 
 
 @deterministic
+@given(parts=st.lists(DIFFERENCES, max_size=5))
+def test_many_samples_count_as_each_of_them(parts: list[list[int]]) -> None:
+    """Counting lists of samples, empty ones too, is counting each; a clock that stepped back counts as 0."""
+    together = Histogram()
+    for part in parts:
+        together.record_all(part)
+    one_by_one = histogram_of([sample for part in parts for sample in part])
+    assert together.counts == one_by_one.counts
+    assert (together.sum_ns, together.min_ns, together.max_ns) == (
+        one_by_one.sum_ns,
+        one_by_one.min_ns,
+        one_by_one.max_ns,
+    )
+
+
+@deterministic
 @given(parts=st.lists(SAMPLES, min_size=1, max_size=5))
 def test_merging_equals_pooling(parts: list[list[int]]) -> None:
     """The merged histogram of several ranks is that of all their samples, in every figure."""

@@ -137,6 +137,33 @@ def test_operations_by_kind() -> None:
     }
 
 
+def test_what_came_together_counts_by_its_own_kind_and_moment() -> None:
+    """Of one batch with several kinds, some of it outside the window and some failed, each operation counts for it."""
+    it = recorder()
+    it.operations(
+        [
+            done(OpKind.WRITE, 150),
+            done(OpKind.SYNC, 160),
+            done(OpKind.WRITE, 250),
+            done(OpKind.WRITE, 170, error=OSError(28, "full")),
+            done(OpKind.SYNC, 180, error=OperationSkippedError("the one before it failed")),
+            done(OpKind.COPY_IN, 190),
+        ]
+    )
+    assert (it.window.write_ops, it.window.sync_ops, it.window.io_errors) == (1, 1, 1)
+    assert (it.total.write_ops, it.total.sync_ops, it.total.io_errors) == (2, 1, 1)
+    counted = {name: histogram.count for name, histogram in it.latency.items() if histogram.count}
+    assert counted == {"queue_wait": 4, "storage_write": 1, "storage_sync": 1}
+    assert it.payload_ns == 4 * 3
+
+
+def test_latencies_of_one_kind_count_where_they_end() -> None:
+    """Each is inside by its own end."""
+    it = recorder()
+    it.took_each("write_behind", [(90, 99), (95, 100), (120, 199), (150, 200)])
+    assert (it.latency["write_behind"].count, it.latency["write_behind"].sum_ns) == (2, 5 + 79)
+
+
 def test_a_sync_moves_no_bytes_and_has_a_latency_of_its_own() -> None:
     """It waits for what a write has moved."""
     it = recorder()
@@ -171,7 +198,7 @@ def test_tries_beyond_the_first_count_whatever_became_of_the_operation() -> None
 def test_messages_of_the_first_hundred_verification_failures_are_kept() -> None:
     """All are counted, wherever they fell, those of copies from DRAM too; only reads are errors of storage."""
     it = recorder()
-    it.operations(done(OpKind.READ, 250, error=VerifyError("object", page, (1, page), (0, 0))) for page in range(100))
+    it.operations([done(OpKind.READ, 250, error=VerifyError("object", page, (1, page), (0, 0))) for page in range(100)])
     it.operations([done(OpKind.COPY_OUT, error=VerifyError("copy", 0, (1, 0), (0, 0)))])
     assert it.verify_failures == 101
     assert it.total.verify_errors == 100
