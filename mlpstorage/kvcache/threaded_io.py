@@ -1,7 +1,9 @@
 """The engine's I/O by an I/O engine with threads of its own: a batch of operations becomes one awaitable."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from mlpstorage.storage.ops import Chain, IoEngine, Lane, OpDone
 
@@ -33,6 +35,10 @@ class ThreadedIO:
     def __init__(self, io_engine: IoEngine, on_operations: Callable[[list[OpDone]], None]) -> None:
         self._io_engine = io_engine
         self._on_operations = on_operations
+        # Finished batches on their way into the loop. Waking the loop costs as much as ten operations: who finds the
+        # list empty does it for all who come before the loop has looked.
+        self._arrived: list[tuple[asyncio.Future[list[OpDone]], list[OpDone]]] = []
+        self._arriving = threading.Lock()
         self._outstanding = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -45,23 +51,33 @@ class ThreadedIO:
         """
         loop = asyncio.get_running_loop()
         finished: asyncio.Future[list[OpDone]] = loop.create_future()
+        batch = self._io_engine.submit(chains, lane, partial(self._bring, loop, finished))
+        # `_take_in` runs in this loop, and so not before this.
+        self._outstanding += 1
+        self._idle.clear()
+        return SubmittedBatch(self._io_engine, batch, finished)
 
-        def arrived(done: list[OpDone]) -> None:
+    def _bring(
+        self, loop: asyncio.AbstractEventLoop, finished: asyncio.Future[list[OpDone]], done: list[OpDone]
+    ) -> None:
+        """Have the loop take in a finished batch; called in any thread."""
+        with self._arriving:
+            first = not self._arrived
+            self._arrived.append((finished, done))
+        if first:
+            loop.call_soon_threadsafe(self._take_in)
+
+    def _take_in(self) -> None:
+        """Count what has arrived, and tell those who wait for it."""
+        with self._arriving:
+            arrived, self._arrived = self._arrived, []
+        for finished, done in arrived:
             self._on_operations(done)
             self._outstanding -= 1
             if not self._outstanding:
                 self._idle.set()
             if not finished.cancelled():
                 finished.set_result(done)
-
-        def to_loop(done: list[OpDone]) -> None:
-            loop.call_soon_threadsafe(arrived, done)
-
-        batch = self._io_engine.submit(chains, lane, to_loop)
-        # `arrived` runs in this loop, and so not before this.
-        self._outstanding += 1
-        self._idle.clear()
-        return SubmittedBatch(self._io_engine, batch, finished)
 
     async def run(self, chains: Sequence[Chain], lane: Lane) -> list[OpDone]:
         """Do a batch of operations; return when all are finished."""
