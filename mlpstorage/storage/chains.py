@@ -76,6 +76,11 @@ class ChainQueues:
         """Whether nothing more is taken in."""
         return self._closed
 
+    @property
+    def waiting(self) -> bool:
+        """Whether any chain waits to be taken."""
+        return any(self._queues)
+
     def put(self, chains: Sequence[Chain], lane: Lane, on_done: OnDone) -> Batch:
         """Queue a batch; one without chains as one chain without operations.
 

@@ -43,8 +43,10 @@ class IoPool:
         self._payload = payload
         self._arena = arena
         self._queues = ChainQueues(priority)
-        # One token a queued chain. Idle threads wait for a token, which costs less than a condition variable; a
-        # token without a chain (cancelled) is harmless, a chain without a token cannot be, as tokens follow chains.
+        # Idle threads wait for a token, which costs less than a condition variable. One lies there as long as chains
+        # are queued and nobody is about to take them: whoever queues chains, or takes one of several, puts it. So a
+        # thread wakes the next before its own I/O begins, and where I/O takes no time it alone does all of a batch. A
+        # token without a chain is harmless.
         self._tokens: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(
@@ -72,8 +74,7 @@ class IoPool:
             RuntimeError: The pool is closed.
         """
         batch = self._queues.put(chains, lane, on_done)
-        for _ in batch.done:
-            self._tokens.put(True)
+        self._wake_one()
         return batch
 
     def queued_ops(self, lane: Lane) -> int:
@@ -98,12 +99,18 @@ class IoPool:
                 thread.join()
 
     def _work(self, order: tuple[int, ...]) -> None:
-        take_token = self._tokens.get
+        queues = self._queues
         worker = Worker(self._store, self._payload, self._arena)
-        while take_token():
-            item = self._queues.take(order)
-            if item is not None:
-                self._queues.finish(item, worker.run_chain(item.chain, item.batch.queued_ns))
+        while self._tokens.get():
+            while (item := queues.take(order)) is not None:
+                if queues.waiting:
+                    self._wake_one()
+                queues.finish(item, worker.run_chain(item.chain, item.batch.queued_ns))
+
+    def _wake_one(self) -> None:
+        """Have one more thread look for chains, unless one is about to."""
+        if self._tokens.empty():
+            self._tokens.put(True)
 
 
 class Worker:
