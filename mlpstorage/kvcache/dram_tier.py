@@ -55,8 +55,10 @@ class DramTier:
 
         Those that are `unpromoted` are not taken for having found no place.
         """
-        refused = set(gpu.refused).difference(unpromoted)
-        self._offer(gpu.evicted + [block_id for block_id in recent if block_id in self._lru or block_id in refused])
+        if not self._config.cpu_blocks:
+            return
+        refused, held = set(gpu.refused).difference(unpromoted), self._lru.ids
+        self._offer(gpu.evicted + [block_id for block_id in recent if block_id in held or block_id in refused])
 
     def begin_copy_out(self, block_ids: Sequence[int]) -> Submitted:
         """Copy blocks of a hit; they stay until the last copy has ended."""

@@ -43,6 +43,13 @@ class LruSet:
         self._order.move_to_end(block_id)
         return True
 
+    def touch_all(self, block_ids: Iterable[int]) -> None:
+        """Make those of these that are held recent, in this order."""
+        order = self._order
+        for block_id in block_ids:
+            if block_id in order:
+                order.move_to_end(block_id)
+
     def insert(self, block_id: int) -> list[int] | None:
         """Hold `block_id` as the most recent and return the ids evicted for it, oldest first.
 
@@ -141,11 +148,13 @@ def admit(tier: LruSet, block_ids: Iterable[int]) -> Admission:
     An id that is inserted and evicted again for a later one counts as refused: nothing was moved for it yet. One that
     is evicted and inserted again has stayed.
     """
+    if tier.capacity_blocks == 0:
+        return Admission([], [], list(block_ids))
     fresh: dict[int, None] = {}
     evicted: dict[int, None] = {}
     refused: list[int] = []
     for block_id in block_ids:
-        held = block_id in tier
+        held = block_id in tier.ids
         victims = tier.insert(block_id)
         if victims is None:
             refused.append(block_id)

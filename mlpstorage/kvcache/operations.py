@@ -2,7 +2,8 @@
 
 import enum
 import hashlib
-import struct
+import sys
+from array import array
 from collections.abc import Collection
 
 
@@ -23,7 +24,11 @@ class OperationsDigest:
 
     def add(self, operation: Operation, values: Collection[int]) -> None:
         """Take in an operation: ids of blocks, or, of a look-up, how many were asked for, and found in each tier."""
-        self._hash.update(operation.value + struct.pack(f"<Q{len(values)}Q", len(values), *values))
+        words = array("Q", (len(values), *values))
+        if sys.byteorder == "big":
+            words.byteswap()  # the digest is of little-endian words
+        self._hash.update(operation.value)
+        self._hash.update(words)
 
     def hexdigest(self) -> str:
         """The digest so far, as hex digits."""

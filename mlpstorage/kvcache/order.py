@@ -24,14 +24,16 @@ class Order:
 
     def before_read(self, places: Iterable[int]) -> set[Ended]:
         """What must end before these places can be read."""
+        if not self._changes:
+            return set()
         return {self._changes[place] for place in places if place in self._changes}
 
     def before_change(self, places: Iterable[int]) -> set[Ended]:
         """What must end before these places can be written or deleted."""
         chosen = list(places)
         waits = self.before_read(chosen)
-        for place in chosen:
-            waits |= self._reads.get(place, set())
+        if self._reads:
+            waits.update(*(self._reads[place] for place in chosen if place in self._reads))
         return waits
 
     def changing(self, place: int) -> bool:

@@ -85,11 +85,12 @@ class OtherRanks:
 
     def touch(self, block_ids: Iterable[int]) -> None:
         """Remember these longer than others."""
-        for block_id in block_ids:
-            self._known.touch(block_id)
+        self._known.touch_all(block_ids)
 
     def forget(self, block_ids: Iterable[int]) -> None:
         """These are gone, or this rank's own now."""
+        if not self.shared:
+            return
         for block_id in block_ids:
             self._known.discard(block_id)
             self._wrong.discard(block_id)

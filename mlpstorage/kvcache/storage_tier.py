@@ -108,8 +108,7 @@ class StorageTier:
     def touch(self, block_ids: Iterable[int]) -> None:
         """Make blocks recent, in this order."""
         recent = list(block_ids)
-        for block_id in recent:
-            self._lru.touch(block_id)
+        self._lru.touch_all(recent)
         if self._others.shared:
             self._others.touch(recent)
 
@@ -319,7 +318,7 @@ class StorageTier:
 
     def _begin_delete(self, block_ids: Sequence[int], object_ids: Collection[int]) -> asyncio.Task[None]:
         waits = self._order.before_change(block_ids)
-        changes = self._changes(block_ids)
+        changes = self._changes(block_ids) if waits else {}
         task = self._behind.spawn(self._delete_objects(block_ids, object_ids, waits, changes))
         if self._ordered:
             self._order.changes(block_ids, task)

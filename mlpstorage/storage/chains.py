@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from mlpstorage.config import IoPriority
 from mlpstorage.storage.ops import Chain, Lane, OnDone, Op, OpDone, OperationSkippedError, OpKind
@@ -37,8 +37,9 @@ class Batch:
         self.remaining = chains
 
 
-class QueuedChain(NamedTuple):
-    """A chain of a batch.
+@dataclass(slots=True, eq=False)
+class QueuedChain:
+    """A chain of a batch; nobody changes it (see `ops.Op`).
 
     Attributes:
         batch: The batch.
@@ -109,8 +110,9 @@ class ChainQueues:
         """The next chain for a taker; None where none is queued."""
         with self._lock:
             for number in order:
-                if self._queues[number]:
-                    taken = self._queues[number].popleft()
+                waiting = self._queues[number]
+                if waiting:
+                    taken = waiting.popleft()
                     self._queued_ops[taken.batch.lane] -= len(taken.chain)
                     return taken
         return None
