@@ -15,13 +15,33 @@ class Submitted(Protocol):
     def finished(self) -> asyncio.Future[list[OpDone]]:
         """What became of every operation, once all are finished.
 
-        Wait for it without cancelling it (`asyncio.wait`): the operations go on whoever waits.
+        Wait for it without cancelling it (`end_of`): the operations go on whoever waits.
         """
         ...
 
     def cancel(self) -> None:
         """Give up the chains that were not begun; they are reported as skipped."""
         ...
+
+
+async def end_of(work: asyncio.Future[Any]) -> None:
+    """Return when it is done. It goes on where who waits is cancelled.
+
+    This is `asyncio.wait` for one, at two thirds of its price.
+    """
+    if work.done():
+        return
+    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def wake(_: asyncio.Future[Any]) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    work.add_done_callback(wake)
+    try:
+        await waiter
+    finally:
+        work.remove_done_callback(wake)
 
 
 class BlockIO(Protocol):

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlpstorage.config import Decisions, Promotion, StorePolicy, Tier
 from mlpstorage.kvcache.accelerators import Accelerators
-from mlpstorage.kvcache.block_io import Behind, BlockIO, Submitted
+from mlpstorage.kvcache.block_io import Behind, BlockIO, Submitted, end_of
 from mlpstorage.kvcache.dram_tier import DramTier, SlotArena
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.first_token import FirstToken
@@ -316,7 +316,7 @@ class Engine:
         abandoned = reads is not None and not await self._in_time(reads, tokens)
         read_ns = begin_ns if reads is None else self._clock.now_ns()
         if copies is not None:
-            await asyncio.wait({copies.finished})
+            await end_of(copies.finished)
         needed = [batch for batch in (None if abandoned else reads, copies) if batch is not None]
         lost = _lost(load, set() if abandoned or reads is None else self._storage.gone(reads.finished.result()))
         ended = [done for batch in needed for done in batch.finished.result()]
@@ -343,7 +343,7 @@ class Engine:
         """Wait for reads; give up those that have not begun, and return False, where that takes too long."""
         limit = self._config.load_timeout
         if limit is None:
-            await asyncio.wait({reads.finished})
+            await end_of(reads.finished)
             return True
         until_ns = self._clock.now_ns() + round(limit.limit_s(tokens) * NS)
         timer = asyncio.create_task(self._clock.sleep_until(until_ns))

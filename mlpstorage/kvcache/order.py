@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from mlpstorage.kvcache.block_io import Submitted
+from mlpstorage.kvcache.block_io import Submitted, end_of
 from mlpstorage.storage.ops import OpDone
 
 Ended = asyncio.Future[Any]
@@ -103,5 +103,5 @@ class LaterBatch:
         if self._batch is None:
             self.finished.set_result(self._refused())
             return
-        await asyncio.wait({self._batch.finished})
+        await end_of(self._batch.finished)
         self.finished.set_result(self._batch.finished.result())

@@ -224,7 +224,7 @@ class Recorder:
     def operations(self, finished: Sequence[OpDone]) -> None:
         """Count finished operations of the I/O engine. Those that were never tried do not count."""
         tried = finished
-        if any(done.error is not None for done in finished):
+        if [done for done in finished if done.error is not None]:
             tried = [done for done in finished if not isinstance(done.error, OperationSkippedError)]
             self._keep_wrong(tried)
         start_ns, end_ns = self._start_ns, self._end_ns

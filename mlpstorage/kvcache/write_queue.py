@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
 from mlpstorage.config import WriteOverflow
-from mlpstorage.kvcache.block_io import Behind
+from mlpstorage.kvcache.block_io import Behind, end_of
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.index import in_touch_order
 from mlpstorage.kvcache.recorder import Recorder
@@ -283,8 +283,8 @@ class WriteQueue:
             self._behind.spawn(self._write_in_gate(taken, queued_ns))
 
     async def _write_in_gate(self, taken: Taken, queued_ns: dict[int, int]) -> None:
-        if taken.waits:
-            await asyncio.wait(taken.waits)
+        for before in taken.waits:
+            await end_of(before)
         await self._write(taken, queued_ns)
 
     async def _write(self, taken: Taken, queued_ns: dict[int, int]) -> None:

@@ -164,8 +164,7 @@ class Worker:
 
     def _run(self, op: Op, queued_ns: int) -> OpDone:
         self._start_ns = time.perf_counter_ns()
-        self._end_ns = 0
-        self._payload_ns = 0
+        self._end_ns = self._payload_ns = 0
         self._moved = _NOTHING_MOVED
         error: Exception | None = None
         verified_bytes = 0
@@ -185,7 +184,7 @@ class Worker:
             error,
             self._payload_ns,
             moved.page_cache_bytes,
-            moved.retries + getattr(error, "retries", 0),
+            moved.retries if error is None else moved.retries + getattr(error, "retries", 0),
         )
 
     def _read(self, op: Op) -> int:

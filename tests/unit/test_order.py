@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from mlpstorage.kvcache.block_io import Submitted
+from mlpstorage.kvcache.block_io import Submitted, end_of
 from mlpstorage.kvcache.order import Ended, LaterBatch, Order
 from mlpstorage.storage.ops import Lane, Op, OpDone, OperationSkippedError, OpKind
 from mlpstorage.testing.engine_bench import MS, now_ns, sleep_ms
@@ -215,5 +215,41 @@ def test_who_waits_for_a_batch_and_is_cancelled_leaves_it_alone() -> None:
         waiting.cancel()
         assert [one.error for one in await batch.finished] == [None] * 3
         assert waiting.cancelled()
+
+    run_virtual(play())
+
+
+# Waiting for one end
+
+
+def test_who_waits_and_is_cancelled_cancels_nothing() -> None:
+    """What was waited for goes on, others still hear of its end, and who comes afterwards goes on at once."""
+
+    async def play() -> None:
+        work = future()
+        impatient, patient = asyncio.create_task(end_of(work)), asyncio.create_task(end_of(work))
+        await asyncio.sleep(0)
+        impatient.cancel()
+        await asyncio.sleep(0)
+        assert (impatient.cancelled(), patient.done(), work.done()) == (True, False, False)
+        await end(work)
+        await patient
+        await end_of(work)
+        assert not work.cancelled()
+
+    run_virtual(play())
+
+
+def test_an_end_that_is_a_failure_or_a_cancellation_is_an_end() -> None:
+    """Whoever waits is told of no error: that is for those who ask for the result."""
+
+    async def play() -> None:
+        failed, cancelled = future(), future()
+        waiting = [asyncio.create_task(end_of(one)) for one in (failed, cancelled)]
+        await asyncio.sleep(0)
+        failed.set_exception(OSError(5, "Input/output error"))
+        cancelled.cancel()
+        assert await asyncio.gather(*waiting) == [None, None]
+        assert isinstance(failed.exception(), OSError)
 
     run_virtual(play())
