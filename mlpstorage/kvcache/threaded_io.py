@@ -35,8 +35,8 @@ class ThreadedIO:
     def __init__(self, io_engine: IoEngine, on_operations: Callable[[list[OpDone]], None]) -> None:
         self._io_engine = io_engine
         self._on_operations = on_operations
-        # Finished batches on their way into the loop. Waking the loop costs as much as ten operations: who finds the
-        # list empty does it for all who come before the loop has looked.
+        # Finished batches on their way into the loop. To wake the loop is a system call, for which a thread gives the
+        # interpreter away: who finds the list empty does it for all who come before the loop has looked.
         self._arrived: list[tuple[asyncio.Future[list[OpDone]], list[OpDone]]] = []
         self._arriving = threading.Lock()
         self._outstanding = 0

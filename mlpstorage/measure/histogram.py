@@ -59,7 +59,7 @@ class Histogram:
             self.max_ns = value
 
     def record_all(self, values_ns: Sequence[int]) -> None:
-        """Count many samples, as `record` does each; about four times faster."""
+        """Count many samples, as `record` does each, in two thirds of the time."""
         if not values_ns:
             return
         low = min(values_ns)
