@@ -42,8 +42,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.python pyproject.toml
-	@# Without the binding of io_uring, which may have to be built, threads move the bytes.
-	$(BIN)/python -m pip install --quiet --editable '.[uring]' || $(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

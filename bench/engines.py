@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mlpstorage.config import GIB, MIB, PAGE_BYTES, DirectMode, IoEngineName, Layout, Verify
+from mlpstorage.storage.affinity import SharedCpu
 from mlpstorage.storage.base import written_parts
 from mlpstorage.storage.file_store import FileStore
 from mlpstorage.storage.keys import ObjectKeys
@@ -176,7 +177,7 @@ def _once(
 ) -> Measured:
     """Measure an engine that is made for it."""
     depth = payload.buffers
-    engine: IoEngine = IoPool(store, payload, None, depth)
+    engine: IoEngine = IoPool(store, payload, None, depth, cpu=SharedCpu(0))
     if name is URING:
         engine = UringEngine(store, payload, None, depth)
     engine.start()

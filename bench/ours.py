@@ -24,6 +24,7 @@ from pathlib import Path
 
 from mlpstorage.config import DirectMode, IoEngineName, Verify
 from mlpstorage.kvcache.rank import SWITCH_INTERVAL_S
+from mlpstorage.storage.affinity import SharedCpu
 from mlpstorage.storage.base import written_parts
 from mlpstorage.storage.file_store import FileStore
 from mlpstorage.storage.keys import ObjectKeys
@@ -149,8 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     store = FileStore(args.dir, KEYS, args.object_bytes, direct=DirectMode.ALWAYS)
     store.open()
-    make = UringEngine if args.engine is IoEngineName.URING else IoPool
-    engine: IoEngine = make(store, UsedPayload(store.stored_bytes, args.verify, args.depth), None, args.depth)
+    payload = UsedPayload(store.stored_bytes, args.verify, args.depth)
+    engine: IoEngine = IoPool(store, payload, None, args.depth, cpu=SharedCpu(0))
+    if args.engine is IoEngineName.URING:
+        engine = UringEngine(store, payload, None, args.depth)
     engine.start()
     try:
         runner = Runner(engine, args.object_bytes, args.depth)

@@ -155,9 +155,8 @@ class Layout(enum.StrEnum):
 
 
 class IoEngineName(enum.StrEnum):
-    """What moves the bytes; what is chosen automatically is said at `kvcache.cache.with_settled_engine`."""
+    """What moves the bytes."""
 
-    AUTO = "auto"
     THREADS = "threads"
     URING = "uring"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from mlpstorage.config import IoEngineName, RunStatus
+from mlpstorage.config import RunStatus
 from mlpstorage.measure.histogram import Histogram, SignedHistogram
 from mlpstorage.results.merge import merge_ranks
 from mlpstorage.results.models import (
@@ -76,7 +76,6 @@ def window(measured_s: float, warmup_s: float = 0, drain_s: float = 0, in_flight
 def client(cpu_s: float = 0, cores: int = 4, rss_bytes: int = 1, os_bytes: int | None = 0) -> RankClient:
     """A client that never lagged or waited, filled no payload and asked the system for `os_bytes` each way."""
     return RankClient(
-        io_engine=IoEngineName.THREADS,
         cpu_s=cpu_s,
         payload_cpu_s=0,
         sampling_cpu_s=0,

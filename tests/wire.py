@@ -50,6 +50,7 @@ class WiredRank:
     rank: int
     launched: bool = True
     ranks_on_host: int = 1
+    number_on_host: int = 0
     lowest_on_host: bool = True
     aborted: int | None = None
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from mlpstorage.cluster.facts import FileSystemSpace, limited_space
-from mlpstorage.config import GIB, IoEngineName, Layout
+from mlpstorage.config import GIB, IoEngineName, Layout, Verify
 from mlpstorage.errors import ConfigurationError
 from mlpstorage.kvcache.ranks import Ranks
 from mlpstorage.plan.kvcache import Sizes, cache_place
 from mlpstorage.results.models import Reuse
 from mlpstorage.spec.kvcache import KVCacheSpec
+from mlpstorage.storage.affinity import SharedCpu
 from mlpstorage.storage.arena import DramArena
 from mlpstorage.storage.base import BlockStore
 from mlpstorage.storage.cache_dir import CacheDirectory
@@ -193,46 +194,31 @@ def make_store(spec: KVCacheSpec, planned: Sizes, place: Place) -> BlockStore:
     )
 
 
-def with_settled_engine(spec: KVCacheSpec, store: BlockStore) -> KVCacheSpec:
-    """The spec with the I/O engine settled, and its threads; for a store that is open.
+def make_engine(
+    spec: KVCacheSpec, store: BlockStore, payload: Payload, arena: DramArena, number_on_host: int
+) -> IoEngine:
+    """The I/O engine, not yet started, over a store that is open, of one of the ranks on this host.
 
-    `IoEngineName.AUTO` becomes a ring where one can be had and does better than threads: where files are opened for
-    direct I/O, since a ring's thread would copy to and from the page cache itself; where opening one is quick; and
-    where every byte need not be verified, since one thread does that for all.
+    Threads share a CPU where nearly all that they do is to wait: for direct I/O, with no more than stamps to check.
 
     Raises:
-        ConfigurationError: The engine that was asked for cannot be had here.
+        ConfigurationError: It cannot be had here.
     """
-    wanted = spec.settled_engine
-    refusal = None if wanted is IoEngineName.THREADS else _ring_refusal(spec, store)
-    if wanted is IoEngineName.URING and refusal is not None:
-        raise ConfigurationError(f"--io-engine uring: {refusal}; use --io-engine threads")
-    if wanted is IoEngineName.AUTO:
-        wanted = IoEngineName.URING if refusal is None else IoEngineName.THREADS
-    settled = spec.model_copy(update={"io_engine": wanted})
-    return settled.model_copy(update={"io_threads": settled.settled_threads})
-
-
-def _ring_refusal(spec: KVCacheSpec, store: BlockStore) -> str | None:
-    """Why there is no ring: it cannot be had or, where the choice is free, threads do better."""
-    from mlpstorage.storage.uring import probe_uring  # noqa: PLC0415 - one engine a run
-
-    if not isinstance(store, DescriptorStore):
-        return f"layout {spec.store_layout} has no files to hand to it"
-    if spec.settled_engine is IoEngineName.AUTO and not (store.capabilities.direct and store.opens_promptly):
-        return "files are buffered, or on a network file system"
-    return probe_uring()
-
-
-def make_engine(spec: KVCacheSpec, store: BlockStore, payload: Payload, arena: DramArena) -> IoEngine:
-    """The I/O engine of a spec that `with_settled_engine` returned, not yet started."""
     if spec.io_engine is IoEngineName.THREADS:
         from mlpstorage.storage.pool import IoPool  # noqa: PLC0415 - one engine a run
 
-        return IoPool(store, payload, arena, spec.depth, spec.io_priority)
-    from mlpstorage.storage.uring import UringEngine  # noqa: PLC0415 - one engine a run
+        waits = store.capabilities.direct and spec.verify is not Verify.FULL
+        cpu = SharedCpu(number_on_host) if waits else None
+        return IoPool(store, payload, arena, spec.depth, spec.io_priority, cpu)
+    from mlpstorage.storage.uring import UringEngine, probe_uring  # noqa: PLC0415 - an optional package
 
-    assert isinstance(store, DescriptorStore), "or it would have been refused"
+    refusal = probe_uring()
+    if refusal is not None:
+        raise ConfigurationError(f"--io-engine uring: {refusal}; use --io-engine threads")
+    if not isinstance(store, DescriptorStore):
+        raise ConfigurationError(
+            f"--io-engine uring: layout {spec.store_layout} has no files to hand to it; use --io-engine threads"
+        )
     return UringEngine(store, payload, arena, spec.depth, spec.io_priority)
 
 

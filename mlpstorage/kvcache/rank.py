@@ -30,7 +30,6 @@ from mlpstorage.kvcache.cache import (
     make_engine,
     make_store,
     place_warnings,
-    with_settled_engine,
 )
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.events import (
@@ -247,7 +246,6 @@ def _prepare(
     store = make_store(spec, planned, place)
     store.open()
     cleanup.callback(store.close)
-    spec = with_settled_engine(spec, store)
     if spec.keep_cache and isinstance(store, Flushable):
         cleanup.callback(store.flush)
     if shared is not None:
@@ -263,7 +261,7 @@ def _prepare(
     cleanup.callback(arena.close)
     writes = None if spec.verify is Verify.OFF else WriteNumbers(shared=existence is not None)
     payload = Payload(place.keys, planned.stored_bytes, spec.verify, buffers=spec.depth, writes=writes)
-    io_engine = make_engine(spec, store, payload, arena)
+    io_engine = make_engine(spec, store, payload, arena, ranks.number_on_host)
     io_engine.start()
     cleanup.callback(io_engine.close)
     return Prepared(
@@ -505,7 +503,6 @@ class _Rank:
             storage_total=StorageCounts.model_validate(counts(recorder.total)),
             latency={name: HistogramData.of(histogram) for name, histogram in recorder.latency.items()},
             client=RankClient(
-                io_engine=self.prepared.spec.io_engine,
                 cpu_s=played.cpu_s,
                 payload_cpu_s=played.payload_cpu_s,
                 sampling_cpu_s=played.sampling_cpu_s,

@@ -76,6 +76,11 @@ class Ranks(Protocol):
         ...
 
     @property
+    def number_on_host(self) -> int:
+        """Number of this rank among those of its host, 0 for the lowest."""
+        ...
+
+    @property
     def lowest_on_host(self) -> bool:
         """Whether this rank is the lowest of its host, which does what a host needs once."""
         ...
@@ -128,6 +133,7 @@ class Alone:
     size = 1
     launched = False
     ranks_on_host = 1
+    number_on_host = 0
     lowest_on_host = True
 
     def told_on_host(self, item: T) -> T:
@@ -183,7 +189,8 @@ class MpiRanks:
         self.size: int = self._world.Get_size()
         self._on_host = self._world.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
         self.ranks_on_host: int = self._on_host.Get_size()
-        self.lowest_on_host: bool = self._on_host.Get_rank() == 0
+        self.number_on_host: int = self._on_host.Get_rank()
+        self.lowest_on_host: bool = self.number_on_host == 0
         self._posted: list[MPI.Request] = []
         self._beating: list[MPI.Request] = []
         self._sent = {tag: [0] * self.size for tag in (_POST_TAG, _BEAT_TAG)}

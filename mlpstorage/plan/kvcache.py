@@ -123,8 +123,7 @@ def warmup_s(spec: KVCacheSpec) -> float:
 
 def with_settled_io(spec: KVCacheSpec) -> KVCacheSpec:
     """The spec with layout, objects in flight and threads, where left to the program, settled; no host matters."""
-    engine = {"io_engine": spec.settled_engine, "io_depth": spec.depth, "io_threads": spec.settled_threads}
-    return spec.model_copy(update={"layout": spec.store_layout, **engine})
+    return spec.model_copy(update={"layout": spec.store_layout, "io_depth": spec.depth, "io_threads": spec.threads})
 
 
 def with_automatic_sizes(

@@ -235,12 +235,9 @@ def _layout(spec: KVCacheSpec) -> str:
 
 
 def _io(spec: KVCacheSpec) -> str:
-    threads = spec.settled_threads
-    engine = "io_uring or threads" if spec.settled_engine is IoEngineName.AUTO else str(spec.settled_engine)
-    parts = [engine, f"{spec.depth} objects in flight"]
-    if threads is not None:
-        parts.append("1 thread" if threads == 1 else f"{threads} threads")
-    if spec.settled_engine is not IoEngineName.URING:
+    threads = "1 thread" if spec.threads == 1 else f"{spec.threads} threads"
+    parts = [f"{spec.io_engine}, {spec.depth} objects in flight, {threads}"]
+    if spec.io_engine is IoEngineName.THREADS:
         parts.append(f"priority {spec.io_priority}")
     if spec.store_layout in FILE_LAYOUTS:
         parts += [f"direct {spec.direct}", f"write sync {spec.write_sync}"]

@@ -264,10 +264,9 @@ def _facts(summary: Summary, metadata: Mapping[str, object]) -> Table:
     cpu, lag, wait = map(significant, (client.cpu_ms_per_gib, client.loop_lag_p99_ms, client.cpu_wait_s))
     grid.add_row(
         "Client",
-        f"I/O by {' and '.join(client.io_engines)}; CPU {with_unit(cpu, 'ms')} per GiB moved, "
-        f"{client.cpu_s:.1f} s in all, {percent_text(client.payload_cpu_share)} of it for stamps and checks; "
-        f"waited {with_unit(wait, 's')} for a processor; peak RSS of a rank {bytes_text(client.max_rss_bytes)}; "
-        f"loop lag p99 {with_unit(lag, 'ms')}",
+        f"CPU {with_unit(cpu, 'ms')} per GiB moved, {client.cpu_s:.1f} s in all, "
+        f"{percent_text(client.payload_cpu_share)} of it for stamps and checks; waited {with_unit(wait, 's')} for a "
+        f"processor; peak RSS of a rank {bytes_text(client.max_rss_bytes)}; loop lag p99 {with_unit(lag, 'ms')}",
     )
     for use in sorted(summary.devices, key=lambda one: -one.busy_share)[:_DEVICES_SHOWN]:
         grid.add_row("Device", _device_text(use, several=len(summary.hosts) > 1))

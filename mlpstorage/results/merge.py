@@ -1,7 +1,6 @@
 """One summary of all ranks: counts are added, histograms are added, percentiles are never averaged."""
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from mlpstorage.config import GIB, RunStatus
@@ -224,7 +223,6 @@ def _client(ranks: Sequence[RankResult], storage: StorageCounts) -> Client:
     lag_p99_ms = Latency.of(Histogram.merged(rank.client.loop_lag.restore() for rank in ranks)).p99_ms
     reason = _bottleneck(ranks, lag_p99_ms)
     return Client(
-        io_engines=dict(Counter(rank.client.io_engine for rank in ranks)),
         cpu_s=cpu_s,
         cpu_ms_per_gib=ratio(cpu_s * 1000, moved_bytes / GIB),
         payload_cpu_s=payload_cpu_s,

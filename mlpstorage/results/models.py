@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mlpstorage.config import IoEngineName, RunStatus
+from mlpstorage.config import RunStatus
 from mlpstorage.measure.histogram import SCHEME, Histogram, SignedHistogram
 
 SCHEMA_VERSION = 3
@@ -197,10 +197,9 @@ class RankClient(Record):
 
     `payload_cpu_s` is the part of `cpu_s` that filling, stamping and checking payloads took. `cpu_wait_s` is how long
     threads were ready to run and waited for a processor, summed over threads; None where the kernel does not tell.
-    `sampling_cpu_s` is the part of `cpu_s` that the lines of both time series took. `io_engine` moved the bytes.
+    `sampling_cpu_s` is the part of `cpu_s` that the lines of both time series took.
     """
 
-    io_engine: IoEngineName
     cpu_s: float
     payload_cpu_s: float
     sampling_cpu_s: float

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mlpstorage.config import BENCHMARK_TYPES, IoEngineName, RunStatus
+from mlpstorage.config import BENCHMARK_TYPES, RunStatus
 from mlpstorage.measure.histogram import Histogram, SignedHistogram
 from mlpstorage.results.models import (
     SCHEMA_VERSION,
@@ -147,7 +147,6 @@ class WindowStorage(StorageCounts):
 class Client(Record):
     """What the client cost, and whether it, not the storage, was the limit."""
 
-    io_engines: dict[IoEngineName, int]
     cpu_s: float
     cpu_ms_per_gib: float | None
     payload_cpu_s: float

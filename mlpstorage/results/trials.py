@@ -119,7 +119,6 @@ def _pooled_rank(results: Sequence[RankResult]) -> RankResult:
 def _pooled_client(clients: Sequence[RankClient]) -> RankClient:
     waits_s = [one.cpu_wait_s for one in clients if one.cpu_wait_s is not None]
     return RankClient(
-        io_engine=clients[0].io_engine,
         cpu_s=sum(one.cpu_s for one in clients),
         payload_cpu_s=sum(one.payload_cpu_s for one in clients),
         sampling_cpu_s=sum(one.sampling_cpu_s for one in clients),

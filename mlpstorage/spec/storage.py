@@ -100,12 +100,9 @@ class StorageSpec(WorkloadSpec):
     ] = 1
     io_engine: Annotated[
         IoEngineName,
-        Field(
-            description="what moves the bytes; auto: io_uring for direct I/O on local files where it can be used and "
-            "not every byte is verified, else threads"
-        ),
+        Field(description="what moves the bytes: threads, or io_uring where it can be used"),
         Option(flags=("--io-engine",), group=STORAGE),
-    ] = IoEngineName.AUTO
+    ] = IoEngineName.THREADS
     io_depth: Annotated[
         int | None,
         Field(ge=1, le=1024, description="objects in flight of each rank"),
@@ -118,7 +115,7 @@ class StorageSpec(WorkloadSpec):
             flags=("--io-threads",),
             group=STORAGE,
             metavar="N",
-            default_text="one for each object in flight; with io_uring 1, and those for writing files",
+            default_text="one for each object in flight; 1 with --io-engine uring",
         ),
     ] = None
     io_priority: Annotated[
@@ -288,29 +285,14 @@ class StorageSpec(WorkloadSpec):
         """Objects in flight of each rank."""
         if self.io_depth is not None:
             return self.io_depth
-        if self.io_threads is not None and self.io_engine is not IoEngineName.URING:
+        if self.io_threads is not None and self.io_engine is IoEngineName.THREADS:
             return self.io_threads
         return DEFAULT_IO_DEPTH
 
     @property
-    def settled_engine(self) -> IoEngineName:
-        """What moves the bytes, as far as it is known before the run: automatic only where the host decides."""
-        if self.io_engine is not IoEngineName.AUTO:
-            return self.io_engine
-        ring_may_fit = self.store_layout in FILE_LAYOUTS and self.io_threads is None and self.verify is not Verify.FULL
-        ring_may_fit = ring_may_fit and self.direct is not DirectMode.NEVER
-        return IoEngineName.AUTO if ring_may_fit else IoEngineName.THREADS
-
-    @property
-    def settled_threads(self) -> int | None:
-        """Threads of each rank that drive them; None where the host decides."""
-        match self.settled_engine:
-            case IoEngineName.THREADS:
-                return self.depth
-            case IoEngineName.URING:
-                return 1
-            case IoEngineName.AUTO:
-                return None
+    def threads(self) -> int:
+        """Threads of each rank that drive them."""
+        return self.depth if self.io_engine is IoEngineName.THREADS else 1
 
     @field_validator("profile")
     @classmethod
@@ -406,7 +388,7 @@ class StorageSpec(WorkloadSpec):
                 f"--io-threads {self.io_threads}: with --io-engine uring one thread drives all objects in flight: "
                 "leave it out, and give --io-depth"
             )
-        if self.io_engine is not IoEngineName.URING and self.io_depth not in {None, self.io_threads}:
+        if self.io_engine is IoEngineName.THREADS and self.io_depth not in {None, self.io_threads}:
             raise ValueError(
                 f"--io-threads {self.io_threads} and --io-depth {self.io_depth}: with --io-engine threads one thread "
                 "drives one object: give one of the two"

@@ -45,11 +45,6 @@ class DescriptorStore(ABC):
         """
         return False
 
-    @property
-    def opens_promptly(self) -> bool:
-        """Whether `begin_read` asks no other machine, so that one thread can begin many reads."""
-        return True
-
     @abstractmethod
     def begin_read(self, object_id: int) -> Transfer:
         """Find an object.

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
 
-from mlpstorage.cluster.mounts import file_system_space
 from mlpstorage.config import DirectMode, WriteSync
 from mlpstorage.storage.base import Capabilities, Capacity, Listing, Moved, padded_bytes
 from mlpstorage.storage.descriptor import DescriptorStore, Transfer, name_place
@@ -30,11 +29,6 @@ _EAGER_DIRECTORIES = 1024
 _DROPPING_THREADS = 8
 _DROPPING_OBJECTS = 64
 """Objects whose pages a thread drops in one go."""
-
-_LOCAL_FILE_SYSTEMS = frozenset(
-    {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
-)
-"""Those that open a file without asking another machine, or a process; of all others that is not assumed."""
 
 _NO_FILE_OPENED = Moved()
 
@@ -107,11 +101,6 @@ class FileStore(DescriptorStore):
         # Ranks that share a directory may write the same object at once: temporary names never meet.
         self._token = secrets.token_hex(4)
         self._temporary_numbers = itertools.count()
-
-    @property
-    def opens_promptly(self) -> bool:
-        """See `DescriptorStore.opens_promptly`; by the type of the file system."""
-        return file_system_space(self.root).fs_type in _LOCAL_FILE_SYSTEMS
 
     @property
     def capabilities(self) -> Capabilities:

@@ -5,8 +5,7 @@ small objects. To have another thread do a thing costs 0.1 ms of processor time;
 no transfer would be begun or found complete: syncs, copies of large objects and, where a store makes a file of each
 object, writes and deletes, which threads then do as those of `storage.pool` do.
 
-Reads of files on a network file system, where opening one is a round trip, are better done by `storage.pool`
-(`DescriptorStore.opens_promptly`).
+Reads of files on a network file system, where opening one is a round trip, are better done by `storage.pool`.
 """
 
 import errno
@@ -25,13 +24,10 @@ from mlpstorage.storage.chains import ChainQueues, QueuedChain, skipped
 from mlpstorage.storage.descriptor import DescriptorStore, Transfer, failed, truncated
 from mlpstorage.storage.ops import Chain, Lane, OnDone, Op, OpDone, OpKind
 from mlpstorage.storage.payload import Payload
-from mlpstorage.storage.pool import Worker
+from mlpstorage.storage.pool import QUICK_COPY_BYTES, Worker
 from mlpstorage.storage.ring import Ring, probe_uring
 
 __all__ = ["UringEngine", "probe_uring"]
-
-_QUICK_COPY_BYTES = 512 << 10
-"""Copies up to this size take less time than to have another thread do them: 0.1 ms, at 5 GB/s."""
 
 _TRANSFERS = frozenset({OpKind.READ, OpKind.WRITE})
 
@@ -405,6 +401,6 @@ def _blocking_kinds(store: DescriptorStore) -> frozenset[OpKind]:
     kinds = {OpKind.SYNC}
     if not store.prompt:
         kinds |= {OpKind.WRITE, OpKind.DELETE}
-    if store.stored_bytes > _QUICK_COPY_BYTES:
+    if store.stored_bytes > QUICK_COPY_BYTES:
         kinds |= {OpKind.COPY_IN, OpKind.COPY_OUT}
     return frozenset(kinds)

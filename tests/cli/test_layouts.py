@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlpstorage.storage.uring import probe_uring
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -152,33 +150,11 @@ def test_write_sync_really_syncs(cli: Cli, mode: str, calls: tuple[str, ...], st
 
 def test_io_depth_is_the_number_of_threads(cli: Cli) -> None:
     """With the engine of threads one thread drives one object: the depth and the threads are one number."""
-    run = cli.play("--io-depth", "3", "--io-engine", "threads")
+    run = cli.play("--io-depth", "3")
     assert run.metadata["parameters"]["io_threads"] == 3
-    assert run.summary["client"]["io_engines"] == {"threads": 1}
     refused = cli.run(*cli.load("--io-depth", "3", "--io-threads", "4"))
     assert refused.returncode == 2
     assert "--io-threads" in refused.stderr
-
-
-@pytest.mark.parametrize(
-    ("words", "engine"),
-    [
-        ((), "uring"),
-        (("--layout", "slab"), "uring"),
-        (("--verify", "full"), "threads"),
-        (("--direct", "never"), "threads"),
-        (("--layout", "null"), "threads"),
-    ],
-    ids=["files", "slab", "every byte", "buffered", "nothing"],
-)
-def test_the_engine_that_was_chosen_is_told(cli: Cli, words: tuple[str, ...], engine: str) -> None:
-    """A ring for direct I/O where the kernel lets have one, else threads; the result says how many ranks had which."""
-    if engine == "uring" and (refusal := probe_uring()) is not None:
-        pytest.skip(f"no ring: {refusal}")
-    run = cli.play(*words)
-    assert run.metadata["parameters"]["io_engine"] == ("auto" if engine == "uring" else "threads")
-    assert run.summary["client"]["io_engines"] == {engine: 1}
-    assert run.summary["storage_total"]["write_ops"] > 0
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_capacity_is_that_of_the_file_system(layout: str, ext4: Disk) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("engine_name", [IoEngineName.THREADS, IoEngineName.URING])
+@pytest.mark.parametrize("engine_name", list(IoEngineName))
 def test_read_error_of_the_device(make: Make, ext4: Disk, engine_name: IoEngineName) -> None:
     """A device that cannot read one object any more gives EIO for that one, which is named; others are read.
 

@@ -207,6 +207,7 @@ class TestConstructor:
         assert {name: source for name, source in sources.items() if source != "default"} == {
             "layout": "auto",
             "io_depth": "auto",
+            "io_threads": "auto",
             "block_tokens": "auto",
             "arrivals": "auto",
             "decisions": "auto",

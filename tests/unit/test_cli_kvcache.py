@@ -81,7 +81,7 @@ def parsed(*words: str) -> argparse.Namespace:
         ("profile", None),
         ("layout", None),
         ("tensor_parallel", 1),
-        ("io_engine", IoEngineName.AUTO),
+        ("io_engine", IoEngineName.THREADS),
         ("io_depth", None),
         ("io_threads", None),
         ("io_priority", IoPriority.SPLIT),

@@ -199,7 +199,7 @@ def test_a_file_system_that_is_nearly_full_needs_a_limit_from_the_user() -> None
 
 def test_what_was_given_is_kept() -> None:
     """Only what was left to the program is worked out, the warm-up too."""
-    given = spec(cpu_mem_gb=0, storage_gb=7, warmup=1, layout="slab", io_engine="threads", io_depth=3, io_threads=3)
+    given = spec(cpu_mem_gb=0, storage_gb=7, warmup=1, layout="slab", io_depth=3, io_threads=3)
     assert automatic(given, 10, 100, 100) == given
     assert automatic(spec(duration=50), 10, 100, 100).warmup == 10.0
 
@@ -228,9 +228,7 @@ def test_what_stores_nothing_has_a_limit_all_the_same() -> None:
 def test_layout_and_threads_are_settled_without_a_host() -> None:
     """Here as in the automatic sizes; what was given stays."""
     settled = with_settled_io(spec(io_depth=5))
-    assert (settled.layout, settled.io_engine, settled.io_depth, settled.io_threads) == ("file", "auto", 5, None)
-    settled = with_settled_io(spec(io_threads=5))
-    assert (settled.layout, settled.io_engine, settled.io_depth, settled.io_threads) == ("file", "threads", 5, 5)
+    assert (settled.layout, settled.io_depth, settled.io_threads) == ("file", 5, 5)
     settled = automatic_without_space(spec(cache_dir="s3://bucket/kv", storage_gb=1))
     assert (settled.layout, settled.io_depth, settled.io_threads) == ("object", 8, 8)
     settled = with_settled_io(spec(io_engine="uring", layout="slab"))

@@ -195,7 +195,7 @@ def test_threads_beat_a_profiles_depth() -> None:
     """They are one number with the engine of threads; with io_uring the profile's depth stays."""
     assert resolved(flags={"profile": "vllm-fs", "io_threads": 12}).spec.depth == 12
     spec = resolved(flags={"profile": "vllm-fs", "io_threads": 1, "io_engine": "uring"}).spec
-    assert (spec.depth, spec.settled_threads) == (32, 1)
+    assert (spec.depth, spec.threads) == (32, 1)
 
 
 def test_a_layout_without_files_needs_no_direct_io() -> None:

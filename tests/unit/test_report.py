@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from mlpstorage.config import GIB, IoEngineName, RunStatus
+from mlpstorage.config import GIB, RunStatus
 from mlpstorage.history import RunEntry
 from mlpstorage.measure.histogram import Histogram, SignedHistogram
 from mlpstorage.report.history_table import history_table, run_details
@@ -107,7 +107,6 @@ def summary_of(samples: int = 5_000, **changes: object) -> Summary:
         storage_total=StorageCounts(**counts),
         latency={name: latency_of(value_ms, samples) for name, value_ms in values_ms.items()},
         client=Client(
-            io_engines={IoEngineName.URING: 2},
             cpu_s=3.2,
             cpu_ms_per_gib=110.3,
             payload_cpu_s=0.8,

@@ -41,9 +41,8 @@ def test_a_plain_plan_names_what_moves_the_bytes() -> None:
     shown = rows()
     assert shown["layout"] == "file, hash directories 1,1"
     assert shown["I/O"] == (
-        "io_uring or threads, 8 objects in flight, priority split, direct auto, write sync none, verify stamp"
+        "threads, 8 objects in flight, 8 threads, priority split, direct auto, write sync none, verify stamp"
     )
-    assert rows(io_threads=5)["I/O"].startswith("threads, 5 objects in flight, 5 threads, priority split, ")
     assert shown["blocks"].startswith("256 tokens, 32.00 MiB each")
     assert (shown["objects"], shown["profile"], shown["policies"]) == ("one a block", "none", "the default ones")
     assert shown["cache files"] == "/results/cache"
