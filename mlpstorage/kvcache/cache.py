@@ -194,12 +194,32 @@ def make_store(spec: KVCacheSpec, planned: Sizes, place: Place) -> BlockStore:
     )
 
 
-def make_engine(
-    spec: KVCacheSpec, store: BlockStore, payload: Payload, arena: DramArena, number_on_host: int
-) -> IoEngine:
-    """The I/O engine, not yet started, over a store that is open, of one of the ranks on this host.
+def shared_cpu(spec: KVCacheSpec, store: BlockStore, number_on_host: int) -> SharedCpu | None:
+    """The CPU that I/O threads share where nearly all that they do is to wait; None where they do not.
 
-    Threads share a CPU where nearly all that they do is to wait: for direct I/O, with no more than stamps to check.
+    That is for direct I/O with no more than stamps to check, and where nothing is stored. In the latter case the
+    calling thread stays there too, with those that it starts: nothing but Python runs, one thread at a time.
+    """
+    moves_nothing = not store.capabilities.holds_data
+    if not moves_nothing and (spec.verify is Verify.FULL or not store.capabilities.direct):
+        return None
+    cpu = SharedCpu(number_on_host)
+    if moves_nothing:
+        cpu.enter()
+    return cpu
+
+
+def make_engine(
+    spec: KVCacheSpec, store: BlockStore, payload: Payload, arena: DramArena, cpu: SharedCpu | None
+) -> IoEngine:
+    """The I/O engine, not yet started, over a store that is open.
+
+    Args:
+        spec: What was asked for.
+        store: Where the objects are.
+        payload: What is in them.
+        arena: Slots of the DRAM tier.
+        cpu: What `shared_cpu` says.
 
     Raises:
         ConfigurationError: It cannot be had here.
@@ -207,8 +227,6 @@ def make_engine(
     if spec.io_engine is IoEngineName.THREADS:
         from mlpstorage.storage.pool import IoPool  # noqa: PLC0415 - one engine a run
 
-        waits = store.capabilities.direct and spec.verify is not Verify.FULL
-        cpu = SharedCpu(number_on_host) if waits else None
         return IoPool(store, payload, arena, spec.depth, spec.io_priority, cpu)
     from mlpstorage.storage.uring import UringEngine, probe_uring  # noqa: PLC0415 - an optional package
 

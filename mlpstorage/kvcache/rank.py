@@ -30,6 +30,7 @@ from mlpstorage.kvcache.cache import (
     make_engine,
     make_store,
     place_warnings,
+    shared_cpu,
 )
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.events import (
@@ -261,7 +262,7 @@ def _prepare(
     cleanup.callback(arena.close)
     writes = None if spec.verify is Verify.OFF else WriteNumbers(shared=existence is not None)
     payload = Payload(place.keys, planned.stored_bytes, spec.verify, buffers=spec.depth, writes=writes)
-    io_engine = make_engine(spec, store, payload, arena, ranks.number_on_host)
+    io_engine = make_engine(spec, store, payload, arena, shared_cpu(spec, store, ranks.number_on_host))
     io_engine.start()
     cleanup.callback(io_engine.close)
     return Prepared(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from typing import TYPE_CHECKING
@@ -62,6 +63,34 @@ def rank_of(process: subprocess.Popen[str]) -> psutil.Process:
         if "mlpstorage.kvcache.rank" in child.cmdline()
     ]
     return rank
+
+
+@pytest.mark.parametrize(
+    ("words", "sharing"),
+    [(("--io-depth", "6"), 6), (("--io-depth", "6", "--verify", "full"), 0)],
+    ids=["waiting for the disk", "checking every byte"],
+)
+def test_threads_that_mostly_wait_share_a_cpu(cli: Cli, words: tuple[str, ...], sharing: int) -> None:
+    """As many threads of the rank as objects are in flight may run on its highest CPU alone, all others anywhere."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        pytest.skip("one CPU is all there is")
+    process = cli.start(*cli.load(*words, "--cache-dir", cli.cache, "--duration", "4"))
+
+    def places() -> list[set[int]]:
+        assert process.poll() is None, process.communicate()
+        return [os.sched_getaffinity(thread.id) for thread in rank_of(process).threads()]
+
+    def measuring() -> bool:
+        series = [run.directory / "timeseries.jsonl" for run in cli.runs()]
+        return any(path.is_file() and path.stat().st_size > 0 for path in series)
+
+    cli.eventually(measuring, "a line of the time series")
+    found = places()
+    assert found.count({cpus[-1]}) == sharing
+    assert found.count(set(cpus)) == len(found) - sharing > 0
+    process.communicate(timeout=60)
+    assert process.returncode == 0
 
 
 def test_a_client_that_stands_still_cannot_hide_it(cli: Cli) -> None:
