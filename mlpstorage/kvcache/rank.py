@@ -7,31 +7,19 @@ import argparse
 import asyncio
 import contextlib
 import os
-import resource
 import signal
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from mlpstorage import __version__
 from mlpstorage.cli.options import add_options
-from mlpstorage.cluster.facts import available_memory_bytes, host_facts
-from mlpstorage.config import EXIT_CODE, Layout, RunStatus, Verify
+from mlpstorage.config import EXIT_CODE, Layout, RunStatus
 from mlpstorage.errors import ConfigurationError, MLPStorageError
-from mlpstorage.kvcache.cache import (
-    Flushable,
-    Found,
-    Place,
-    claim_place,
-    find_blocks,
-    make_engine,
-    make_store,
-    place_warnings,
-    shared_cpu,
-)
+from mlpstorage.kvcache.cache import Place
 from mlpstorage.kvcache.engine_config import EngineConfig
 from mlpstorage.kvcache.events import (
     EventWriter,
@@ -43,43 +31,25 @@ from mlpstorage.kvcache.events import (
     Started,
     StartedRank,
 )
-from mlpstorage.kvcache.existence import ExistenceThreads
-from mlpstorage.kvcache.host_series import counter_warnings, watch_host
+from mlpstorage.kvcache.host_series import watch_host
+from mlpstorage.kvcache.measured import Measured, process_io, verdict
 from mlpstorage.kvcache.pacing import Pacing
-from mlpstorage.kvcache.play import DRAIN_LIMIT_S, Ending, Played, Stop, Timing, play
-from mlpstorage.kvcache.played import build_workload
+from mlpstorage.kvcache.play import DRAIN_LIMIT_S, Played, Stop, Timing, play
+from mlpstorage.kvcache.prepare import Prepared, is_buffered, prepare
 from mlpstorage.kvcache.process import Signals, die_with_parent, in_daemon
 from mlpstorage.kvcache.pulse import STILL_S, Activity, Pulse
-from mlpstorage.kvcache.ranks import ClockOffset, Ranks, find_ranks
-from mlpstorage.kvcache.recorder import counts
-from mlpstorage.kvcache.shared_place import SharedPlace, as_refusal, join_place, part_of, share_place
+from mlpstorage.kvcache.ranks import Ranks, find_ranks
+from mlpstorage.kvcache.shared_place import SharedPlace, as_refusal, share_place
 from mlpstorage.kvcache.threaded_io import ThreadedIO
 from mlpstorage.kvcache.together import Together
-from mlpstorage.kvcache.workload import Workload
 from mlpstorage.measure.clock import NS, MonotonicClock
 from mlpstorage.measure.process import thread_activity
 from mlpstorage.plan.compute import compute_model
-from mlpstorage.plan.kvcache import Sizes, check_room, sizes, warmup_s, with_automatic_sizes
-from mlpstorage.results.models import (
-    HistogramData,
-    RankClient,
-    RankClock,
-    RankError,
-    RankResult,
-    RankWindow,
-    RequestCounts,
-    ReuseDistanceData,
-    SignedHistogramData,
-    StorageCounts,
-    TtftCounts,
-)
+from mlpstorage.plan.kvcache import Sizes, warmup_s
+from mlpstorage.results.models import RankResult
 from mlpstorage.spec.fields import resolve
 from mlpstorage.spec.kvcache import KVCacheSpec
 from mlpstorage.spec.workload import STEADY
-from mlpstorage.storage.arena import DramArena
-from mlpstorage.storage.base import BlockStore
-from mlpstorage.storage.ops import IoEngine
-from mlpstorage.storage.payload import Payload, WriteNumbers
 
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread may hold the interpreter while others wait: Python's 5 ms would show in every latency."""
@@ -89,23 +59,6 @@ DRAIN_MARGIN_S = 5.0
 
 EXIT_LIMIT_S = 10
 """Longest end of MPI itself."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """All that a rank needs before its run begins. `facts` are None until the lowest rank of the host has told them."""
-
-    spec: KVCacheSpec
-    planned: Sizes
-    workload: Workload
-    facts: dict[str, object] | None
-    place: Place
-    store: BlockStore
-    found: Found | None
-    arena: DramArena
-    io_engine: IoEngine
-    existence: ExistenceThreads | None
-    warnings: tuple[str, ...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -215,7 +168,7 @@ def _try_to_prepare(
     shared: Place | SharedPlace | None,
 ) -> tuple[Prepared | None, MLPStorageError | None]:
     try:
-        prepared = _prepare(spec, run_id, ranks, cleanup, shared)
+        prepared = prepare(spec, run_id, ranks, cleanup, shared)
         signals.preparing = False
     except MLPStorageError as error:
         signals.preparing = False
@@ -226,89 +179,11 @@ def _try_to_prepare(
     return prepared, None
 
 
-def _prepare(
-    spec: KVCacheSpec,
-    run_id: str,
-    ranks: Ranks,
-    cleanup: contextlib.ExitStack,
-    shared: Place | SharedPlace | None,
-) -> Prepared:
-    """Check the host, claim the place unless all share one, and make everything ready; `cleanup` takes it back."""
-    workload = build_workload(spec, ranks.rank, ranks.size)
-    match shared:
-        case None:
-            place = claim_place(spec, sizes(spec), run_id, ranks, cleanup)
-        case Place():
-            place = shared
-        case _:
-            place = join_place(spec, sizes(spec), run_id, shared)
-    spec, planned = _fitted(spec, place, ranks)
-    facts = host_facts(place.objects if isinstance(place.objects, Path) else None) if ranks.lowest_on_host else None
-    store = make_store(spec, planned, place)
-    store.open()
-    cleanup.callback(store.close)
-    if spec.keep_cache and isinstance(store, Flushable):
-        cleanup.callback(store.flush)
-    if shared is not None:
-        found = part_of(shared.found, ranks)
-    else:
-        found = find_blocks(store, place.keys) if place.claim is not None and place.claim.reused else None
-    existence = None
-    if shared is not None and ranks.size > 1:
-        existence = ExistenceThreads(store, planned.kv_ranks)
-        existence.start()
-        cleanup.callback(existence.close)
-    arena = DramArena(planned.cpu_blocks or 0, planned.stored_block_bytes)
-    cleanup.callback(arena.close)
-    writes = None if spec.verify is Verify.OFF else WriteNumbers(shared=existence is not None)
-    payload = Payload(place.keys, planned.stored_bytes, spec.verify, buffers=spec.depth, writes=writes)
-    io_engine = make_engine(spec, store, payload, arena, shared_cpu(spec, store, ranks.number_on_host))
-    io_engine.start()
-    cleanup.callback(io_engine.close)
-    return Prepared(
-        spec=spec,
-        planned=planned,
-        workload=workload,
-        facts=facts,
-        place=place,
-        store=store,
-        found=found,
-        arena=arena,
-        io_engine=io_engine,
-        existence=existence,
-        warnings=(*place_warnings(place, store, found), *(() if facts is None else counter_warnings())),
-    )
-
-
 def _with_facts(prepared: Prepared, ranks: Ranks, writer: EventWriter) -> Prepared:
     """Tell the launcher of every host, and each rank of its own: one rank of a host has gathered its facts."""
     gathered = ranks.allgather(prepared.facts)
     writer.send(Known(hosts=tuple(facts for facts in gathered if facts is not None)))
     return replace(prepared, facts=ranks.told_on_host(prepared.facts))
-
-
-def _fitted(spec: KVCacheSpec, place: Place, ranks: Ranks) -> tuple[KVCacheSpec, Sizes]:
-    """The spec with every size worked out for this host, and the sizes that follow; refused where they do not fit."""
-    memory_bytes = available_memory_bytes()
-    ranks_on_storage = ranks.size if spec.shares_cache else None
-    spec = with_automatic_sizes(
-        spec,
-        memory_free_bytes=memory_bytes,
-        space=place.space,
-        ranks_on_host=ranks.ranks_on_host,
-        ranks_on_storage=ranks_on_storage,
-    )
-    planned = sizes(spec)
-    check_room(
-        spec,
-        planned,
-        memory_free_bytes=memory_bytes,
-        storage_free_bytes=None if place.space is None else place.space.free_bytes,
-        ranks_on_host=ranks.ranks_on_host,
-        ranks_on_storage=ranks_on_storage,
-        where="" if place.claim is None else place.claim.place,
-    )
-    return spec, planned
 
 
 def _agree(
@@ -351,19 +226,19 @@ async def _run(
         on_stop=partial(stop.interrupt, "stopped: another rank failed"),
         finals=finals,
     )
-    rank = _Rank(prepared=prepared, run_id=run_id, ranks=ranks, offset=offset, io_before=_process_io())
+    rank = Measured(prepared=prepared, run_id=run_id, ranks=ranks, offset=offset, io_before=process_io())
     async with asyncio.TaskGroup() as group:
         group.create_task(together.run())
         played = await _play(rank, together, stop)
         signals.notify = None
-        result = rank.result(played, *_verdict(played, stop))
+        result = rank.result(played, *verdict(played, stop))
         gathered = await together.finish(result.model_dump_json(), failed=result.status is RunStatus.FAILED)
     if gathered is not None:
         writer.line(f'{{"type":"result","ranks":[{",".join(gathered)}]}}')
     return result, played.hung
 
 
-async def _play(rank: "_Rank", together: Together, stop: Stop) -> Played:
+async def _play(rank: Measured, together: Together, stop: Stop) -> Played:
     prepared, spec, clock = rank.prepared, rank.prepared.spec, MonotonicClock()
     host_watch = None
     if rank.ranks.lowest_on_host:
@@ -395,17 +270,12 @@ async def _play(rank: "_Rank", together: Together, stop: Stop) -> Played:
         stop=stop,
         on_sample=lambda sample: together.tell(Progress(sample=sample).model_dump_json()),
         reused=() if prepared.found is None else prepared.found.blocks,
-        drop_page_cache=partial(in_daemon, prepared.store.drop_page_cache) if _is_buffered(prepared.store) else None,
+        drop_page_cache=partial(in_daemon, prepared.store.drop_page_cache) if is_buffered(prepared.store) else None,
         meet=together.meet,
         on_snapshot=on_snapshot,
         existence=prepared.existence,
         host_watch=host_watch,
     )
-
-
-def _is_buffered(store: BlockStore) -> bool:
-    """Whether the page cache of this host is under the store."""
-    return store.capabilities.aligned and not store.capabilities.direct
 
 
 def _drain_limit_s(spec: KVCacheSpec) -> float:
@@ -442,109 +312,6 @@ def _engine_config(spec: KVCacheSpec, planned: Sizes) -> EngineConfig:
         min_load_tokens=spec.min_load_tokens,
         load_timeout=spec.load_timeout,
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rank:
-    """What a rank's results tell of it, besides what was played.
-
-    Attributes:
-        io_before: Bytes that the process had read and written when it began; None where the kernel does not tell.
-    """
-
-    prepared: Prepared
-    run_id: str
-    ranks: Ranks
-    offset: ClockOffset
-    io_before: tuple[int, int] | None
-
-    def result(self, played: Played, status: RunStatus, error: RankError | None) -> RankResult:
-        """What it measured, up to now or in all."""
-        recorder = played.recorder
-        io_after = _process_io()
-        moved = (
-            None
-            if self.io_before is None or io_after is None
-            else (io_after[0] - self.io_before[0], io_after[1] - self.io_before[1])
-        )
-        facts = self.prepared.facts
-        assert facts is not None, "its host's lowest rank has told them"
-        cores = facts["usable_cores"]
-        assert isinstance(cores, int)
-        return RankResult(
-            run_id=self.run_id,
-            rank=self.ranks.rank,
-            host=os.uname().nodename,
-            status=status,
-            error=error,
-            workload_digest=self.prepared.workload.digest,
-            clock=RankClock(
-                offset_ns=self.offset.offset_ns,
-                offset_error_ns=self.offset.error_ns,
-                start_late_ns=played.late_ns,
-            ),
-            window=RankWindow(
-                start_unix_s=played.started_unix_s,
-                warmup_s=played.warmup_ns / NS,
-                warmup_steady=played.warmup_steady,
-                measured_s=played.measured_ns / NS,
-                drain_s=played.drain_ns / NS,
-                requests_in_flight_at_end=played.in_flight_at_end,
-            ),
-            requests=RequestCounts.model_validate(counts(recorder.requests)),
-            first_tokens=TtftCounts.model_validate(counts(recorder.first_tokens)),
-            saved=SignedHistogramData.of(recorder.saved),
-            reuse_distance=ReuseDistanceData(
-                first_uses=played.reuse.first_uses,
-                distances=dict(played.reuse.distances),
-                sample_weight=played.reuse.sample_weight,
-            ),
-            operations_digest=played.operations_digest,
-            storage=StorageCounts.model_validate(counts(recorder.window)),
-            storage_total=StorageCounts.model_validate(counts(recorder.total)),
-            latency={name: HistogramData.of(histogram) for name, histogram in recorder.latency.items()},
-            client=RankClient(
-                cpu_s=played.cpu_s,
-                payload_cpu_s=played.payload_cpu_s,
-                sampling_cpu_s=played.sampling_cpu_s,
-                cpu_wait_s=played.cpu_wait_s,
-                cores=cores,
-                max_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                os_read_bytes=None if moved is None else moved[0],
-                os_written_bytes=None if moved is None else moved[1],
-                loop_lag=HistogramData.of(played.loop_lag),
-            ),
-            verify_failures=played.failures,
-            dropped_page_cache_bytes=played.dropped_page_cache_bytes if _is_buffered(self.prepared.store) else 0,
-            reuse=None if self.prepared.found is None else self.prepared.found.reuse,
-            host_facts=facts,
-            samples=played.samples,
-            host_samples=played.host_samples,
-        )
-
-
-def _verdict(played: Played, stop: Stop) -> tuple[RunStatus, RankError | None]:
-    if played.error is not None:
-        return RunStatus.FAILED, RankError(exit_code=played.error.exit_code, message=str(played.error))
-    if played.ending is Ending.INTERRUPTED:
-        return RunStatus.INTERRUPTED, RankError(exit_code=EXIT_CODE.INTERRUPTED, message=stop.reason)
-    if not played.recorder.requests.completed:
-        return RunStatus.FAILED, RankError(
-            exit_code=EXIT_CODE.FAILURE,
-            message="no request was answered inside the measured window: there is nothing to report. Lengthen "
-            "--duration, shorten --warmup, or play faster (--generation-mode, --time-scale)",
-        )
-    return RunStatus.COMPLETE, None
-
-
-def _process_io() -> tuple[int, int] | None:
-    """Bytes that this process had read from and written to storage, by the kernel's count; None where it has none."""
-    try:
-        text = Path("/proc/self/io").read_text(encoding="ascii")
-    except OSError:
-        return None
-    values = dict(line.split(": ", 1) for line in text.splitlines())
-    return int(values["read_bytes"]), int(values["write_bytes"])
 
 
 if __name__ == "__main__":
