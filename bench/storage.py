@@ -8,9 +8,8 @@ same), and fio, as disks and neighbours drift. There are as many rounds as the c
 ratios are those of the medians. `spread` is the distance from the slowest to the fastest round over the median.
 
 Ours is the default engine, a thread an object in flight (`--engine uring` for the other). fio does it in the same way
-by `psync`, a synchronous job an object in flight and, where files are read, by `io_uring` too, one job with all of
-them. The bandwidth is compared with the faster of the two, the processor time with `psync`; how it compares with
-`io_uring` is shown beside, for information: CPython takes more time for an operation than that does in all.
+by `psync`, a synchronous job an object in flight; with that it is compared. Where files are read `io_uring`, one job
+with all of them, is shown beside: CPython takes more processor time for an operation than that does in all.
 
 Both sides use direct I/O, one call an object, and memory in huge pages: a direct transfer from small ones is split into
 a segment a page, which costs some disks more than half of their speed, and fio's own default takes small ones. It is
@@ -155,7 +154,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One case; ratios are ours over fio's: of bandwidths with stamps, of processor times per byte over `psync`."""
+    """One case; ratios are ours over those of `psync`: of bandwidths with stamps, of processor times per byte."""
 
     case: Case
     rounds: int
@@ -343,7 +342,7 @@ def _run_fio(fio: str, case: Case, place: Path, read_s: float, engine: str, *, h
 def _result(case: Case, measured: dict[str, list[Measured]]) -> Result:
     sides = {name: _side(measured[name]) for name in case.sides}
     stamp, off, psync, io_uring = sides["stamp"], sides["off"], sides[PSYNC], sides.get(IO_URING)
-    ratio = stamp.gb_per_s / max(sides[name].gb_per_s for name in (PSYNC, IO_URING) if name in sides)
+    ratio = stamp.gb_per_s / psync.gb_per_s
     stamp_cpu_ratio, off_cpu_ratio = stamp.cpu_ms_per_gb / psync.cpu_ms_per_gb, off.cpu_ms_per_gb / psync.cpu_ms_per_gb
     if case.object_bytes <= SMALL_OBJECT_BYTES:
         met = ratio >= MIN_OPS_RATIO
